@@ -1,0 +1,205 @@
+"""Every configuration key that nuclei_d2 adds to Detectron2's, and how configs are loaded."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from nuclei_d2.utils.errors import NucleiError
+
+
+def add_nuclei_config(cfg: CfgNode) -> None:
+    """Add nuclei_d2's keys, with their defaults, to Detectron2's default config in place."""
+    _add_data_keys(cfg)
+    _add_model_keys(cfg)
+    _add_solver_keys(cfg)
+    _add_test_keys(cfg)
+
+
+def _add_data_keys(cfg: CfgNode) -> None:
+    # The synthetic set is generated on first use, so a config that names no data still runs.
+    cfg.DATASETS.TRAIN = ("synthetic_train",)
+    cfg.DATASETS.TEST = ("synthetic_test",)
+    # Names of the sets evaluated during training, and used to choose the best checkpoint.
+    # DATASETS.TEST is looked at once, after training.
+    cfg.DATASETS.VAL = ("synthetic_val",)
+    # Your own COCO-format sets: a list of [name, annotation JSON, image folder].
+    cfg.DATASETS.CUSTOM = []
+
+    # Nuclei are stored as run-length encoded bitmaps, never as polygons.
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.INPUT.FORMAT = "RGB"  # "RGB" or "BGR": channel order the network sees
+    # Percentiles of the whole image that become 0 and 255 for the network.
+    cfg.INPUT.PERCENTILES = (1.0, 99.8)
+    # Contrast floor: the normalised range spans at least this many standard deviations of
+    # the image's noise, so that an empty field is not stretched into false nuclei.
+    cfg.INPUT.NOISE_FLOOR = 12.0
+    # Contrast floor for integer images, in grey levels.
+    cfg.INPUT.MIN_LEVELS = 4.0
+    # Factor by which every image is enlarged before the network (training and test).
+    cfg.INPUT.SCALE = 1.0
+    # Range of the random factor that multiplies INPUT.SCALE in training.
+    cfg.INPUT.SCALE_JITTER = (0.8, 1.25)
+    # Training crops of INPUT.CROP.SIZE (height, width) pixels as the network sees them.
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.CROP.TYPE = "absolute"
+    cfg.INPUT.CROP.SIZE = [256, 256]
+    # Share of the crops that are placed around a random nucleus; the others fall anywhere.
+    cfg.INPUT.CROP.NUCLEUS_PROB = 0.9
+    # "none", "horizontal", "vertical" or "both" (each with probability 1/2).
+    cfg.INPUT.RANDOM_FLIP = "both"
+    cfg.INPUT.RANDOM_ROTATE90 = True  # rotate by a random multiple of 90 degrees
+    # Random intensity changes on the normalised image: ranges of the gamma exponent, of the
+    # factors on contrast and brightness, and of the added noise (share of full scale).
+    cfg.INPUT.GAMMA = (0.75, 1.33)
+    cfg.INPUT.CONTRAST = (0.8, 1.2)
+    cfg.INPUT.BRIGHTNESS = (0.8, 1.2)
+    cfg.INPUT.NOISE = (0.0, 0.03)
+    cfg.INPUT.INVERT_PROB = 0.0  # probability of swapping dark and bright
+    # Instances left with fewer pixels than this after augmentation are dropped.
+    cfg.INPUT.MIN_INSTANCE_AREA = 4
+    # Empty images teach the detector what is not a nucleus.
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+
+
+def _add_model_keys(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "NucleiRCNN"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    # Our images are normalised to 0..255 (float).
+    cfg.MODEL.PIXEL_MEAN = [127.5, 127.5, 127.5]
+    cfg.MODEL.PIXEL_STD = [64.0, 64.0, 64.0]
+    cfg.MODEL.WEIGHTS = ""
+    # A .pkl checkpoint is a Python pickle and can run code when loaded; True trusts the file.
+    cfg.MODEL.ALLOW_PICKLE = False
+
+    head = cfg.MODEL.ROI_MASK_HEAD
+    head.BOUNDARY = CfgNode()
+    # Boundary branch of BoundaryMaskHead (Mask Boundary R-CNN).
+    head.BOUNDARY.IN_FEATURES = ["p2"]  # feature maps pooled for the boundary branch
+    head.BOUNDARY.POOLER_RESOLUTION = 28  # pixels; twice the mask branch's POOLER_RESOLUTION
+    head.BOUNDARY.NUM_CONV = 2  # 3x3 convolutions after the mask-to-boundary fusion
+    # "exact": boundary of a crop with one more target pixel on each side, so that a nucleus
+    # filling the RoI has no false frame. "paper": Laplacian with zero padding, as published.
+    head.BOUNDARY.TARGET = "exact"
+    # Loss weights. Both boundary weights 0 make the control of equal size: the same layers
+    # without boundary supervision.
+    head.BOUNDARY.MASK_WEIGHT = 1.0
+    head.BOUNDARY.BCE_WEIGHT = 1.0
+    head.BOUNDARY.DICE_WEIGHT = 1.0
+
+
+def _add_solver_keys(cfg: CfgNode) -> None:
+    # SOLVER.AMP.ENABLED means bfloat16 autocast here, on CUDA devices and CPUs alike.
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 10.0
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
+    # Linear LR scaling: batch, rate and schedule in a config are meant for one GPU.
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 1
+
+
+def _add_test_keys(cfg: CfgNode) -> None:
+    # One cap for the model and the evaluator: about 1.5 x the fullest image
+    # (tools/analyze_dataset.py proposes it).
+    cfg.TEST.DETECTIONS_PER_IMAGE = 600
+    # Number on DATASETS.VAL that chooses model_best.pth.
+    cfg.TEST.BEST_METRIC = "segm/AP"
+
+
+_CHOICES = {
+    "INPUT.FORMAT": ("RGB", "BGR"),
+    "INPUT.MASK_FORMAT": ("bitmask",),
+    "INPUT.CROP.TYPE": ("absolute",),
+    "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
+    "MODEL.ROI_MASK_HEAD.BOUNDARY.TARGET": ("exact", "paper"),
+}
+
+
+def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+    """Default config <- ``config_file`` <- ``opts`` (``KEY VALUE KEY VALUE ...``).
+
+    The file is read with a safe YAML loader: a config is untrusted input.
+
+    Returns:
+        An unfrozen, checked config.
+
+    Raises:
+        NucleiError: no such file, broken or unsafe YAML, an unknown key or choice (the valid
+            ones are listed), or a value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_nuclei_config(cfg)
+    if config_file:
+        _merge_file(cfg, config_file)
+    if len(opts) % 2:
+        raise NucleiError(f"options come as KEY VALUE pairs, got {len(opts)} words: {list(opts)}")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        _merge(cfg, lambda k=key, v=value: cfg.merge_from_list([k, v]), f"option {key}")
+    check_config(cfg)
+    return cfg
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
+    if not Path(config_file).is_file():
+        raise NucleiError(f"no config file {config_file}")
+    try:
+        values = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+    except FileNotFoundError as error:
+        raise NucleiError(f"{config_file}: its _BASE_ {error.filename} does not exist") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise NucleiError(f"{config_file}: not a plain YAML config: {reason}") from error
+    if not isinstance(values, dict):
+        raise NucleiError(f"{config_file}: a config is a YAML mapping of keys to values")
+    values.pop("VERSION", None)
+    _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(values)), config_file)
+
+
+def _merge(cfg: CfgNode, merge, source: str) -> None:
+    """Run ``merge`` and turn yacs' complaints into one clear line."""
+    try:
+        merge()
+    except (KeyError, AssertionError, ValueError, TypeError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        missing = re.fullmatch(r"Non-existent (?:config )?key: (\S+)", reason)
+        if missing:
+            reason = _unknown_key(cfg, missing[1])
+        raise NucleiError(f"{source}: {reason}") from error
+
+
+def _unknown_key(cfg: CfgNode, key: str) -> str:
+    node, known = cfg, ""
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            break
+        node, known = node[part], f"{known}{part}."
+    names = sorted(node) if isinstance(node, CfgNode) else []
+    missing = key.removeprefix(known).split(".")[0]
+    close = difflib.get_close_matches(missing, names, n=1)
+    hint = f"; did you mean {known}{close[0]}?" if close else "."
+    return f"unknown config key {key}{hint} Keys under {known or 'the top'}: {', '.join(names)}"
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Raise :class:`NucleiError` for a choice that is none, listing the valid ones."""
+    for key, choices in _CHOICES.items():
+        node = cfg
+        for part in key.split("."):
+            node = node[part]
+        check_choice(key, node, choices)
+    for entry in cfg.DATASETS.CUSTOM:
+        if len(entry) != 3:
+            raise NucleiError(
+                f"DATASETS.CUSTOM: an entry is [name, annotation JSON, image folder], got {entry}"
+            )
+
+
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise :class:`NucleiError` naming ``key`` unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise NucleiError(f"{key} is {value!r}; valid: {', '.join(map(str, choices))}")

@@ -1,0 +1,52 @@
+"""Atomic output: a reader sees the old file or the new one, never half of one."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nuclei_d2.utils.errors import NucleiError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
+
+    The temporary name keeps the suffix, since image writers choose the format by it. On any
+    error the temporary file is removed and ``path`` stays as it was.
+
+    Raises:
+        NucleiError: the file cannot be written (disk full, no permission), named with the cause.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise NucleiError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def jsonable(value: Any) -> Any:
+    """Turn numpy values into Python's, tuples into lists, NaN and infinity into None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
+    """Write ``value`` as standard JSON (see :func:`jsonable`), atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(jsonable(value), indent=indent, allow_nan=False) + "\n")
