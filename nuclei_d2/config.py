@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
@@ -196,6 +197,17 @@ def check_config(cfg: CfgNode) -> None:
             raise NucleiError(
                 f"DATASETS.CUSTOM: an entry is [name, annotation JSON, image folder], got {entry}"
             )
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Raise :class:`NucleiError` when ``MODEL.DEVICE`` asks for hardware that is not there."""
+    try:
+        torch.zeros(1, device=cfg.MODEL.DEVICE)
+    except (RuntimeError, AssertionError) as error:
+        raise NucleiError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} but it cannot be used here "
+            f"({str(error).splitlines()[0]}); add MODEL.DEVICE cpu"
+        ) from error
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:

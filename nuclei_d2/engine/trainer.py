@@ -1,0 +1,179 @@
+"""Training and evaluation on Detectron2's DefaultTrainer."""
+
+import logging
+import time
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, default_setup, hooks
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nuclei_d2.config import check_device, load_config
+from nuclei_d2.data.augmentation import build_augmentation
+from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
+from nuclei_d2.data.datasets.builtin import register_from_config
+from nuclei_d2.engine.checkpoint import NucleiCheckpointer
+from nuclei_d2.engine.hooks import ValidationLoss
+from nuclei_d2.evaluation import build_evaluator
+from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import write_json
+
+_logger = logging.getLogger(__name__)
+
+
+def setup(args) -> CfgNode:
+    """Config, data sets, log files and seeds of a run from Detectron2's command line.
+
+    Args:
+        args: what ``detectron2.engine.default_argument_parser()`` parsed.
+
+    Returns:
+        The frozen config, written to ``OUTPUT_DIR/config.yaml`` as well.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    check_device(cfg)
+    register_from_config(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+class NucleiTrainer(DefaultTrainer):
+    """Detectron2's trainer for nuclei.
+
+    What differs: our mapper and evaluators; bfloat16 autocast on any device; atomic checkpoints;
+    ``DATASETS.VAL`` is evaluated during training and chooses ``model_best.pth``, while
+    ``DATASETS.TEST`` is evaluated once, after the last iteration, into ``results.json``.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        super().__init__(cfg)
+        self._device = torch.device(cfg.MODEL.DEVICE)
+        self._batches = None
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(cfg, mapper=NucleiDatasetMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=NucleiDatasetMapper(cfg, False)
+        )
+
+    @classmethod
+    def build_validation_loss_loader(cls, cfg: CfgNode) -> DataLoader:
+        """Whole images of ``DATASETS.VAL`` with ground truth, without random augmentation."""
+        mapper = NucleiDatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))
+        return build_detection_test_loader(cfg, cfg.DATASETS.VAL, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        output_dir = str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name)
+        return build_evaluator(cfg, dataset_name, output_dir)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """Detectron2's hooks with validation, best checkpoint and validation loss.
+
+        ``DefaultTrainer.__init__`` calls this last, after making a checkpointer that does not
+        write atomically: ours takes its place here, before any hook holds it.
+        """
+        cfg = self.cfg
+        self.checkpointer = build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
+        period = cfg.TEST.EVAL_PERIOD
+        built = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if comm.is_main_process():
+            built.append(
+                hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+            )
+        if cfg.DATASETS.VAL and period > 0:
+            loader = self.build_validation_loss_loader(cfg)
+            built.append(ValidationLoss(period, self.model, loader))
+            validate = lambda: by_task(evaluate(cfg, self.model, cfg.DATASETS.VAL))  # noqa: E731
+            built.append(hooks.EvalHook(period, validate))
+            if comm.is_main_process():
+                built.append(
+                    hooks.BestCheckpointer(period, self.checkpointer, cfg.TEST.BEST_METRIC)
+                )
+        if comm.is_main_process():
+            built.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return built
+
+    def train(self) -> OrderedDict:
+        """Train to ``SOLVER.MAX_ITER``, then evaluate on ``DATASETS.TEST``.
+
+        Returns:
+            ``{dataset: {"bbox": {...}, "segm": {...}}}``, as in ``results.json``.
+        """
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        return evaluate_and_save(self.cfg, self.model)
+
+    def run_step(self) -> None:
+        """One iteration: load, forward (autocast), backward, step.
+
+        Raises:
+            NucleiError: the loss is not finite; names the iteration and the images.
+        """
+        start = time.perf_counter()
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
+        batch = next(self._batches)
+        data_time = time.perf_counter() - start
+
+        amp = self.cfg.SOLVER.AMP.ENABLED
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=amp):
+            losses = self.model(batch)
+            total = sum(losses.values())
+        if not torch.isfinite(total):
+            names = ", ".join(record["file_name"] for record in batch)
+            values = {name: float(value) for name, value in losses.items()}
+            raise NucleiError(
+                f"loss is not finite at iteration {self.iter} ({values}) on the images {names}; "
+                "lower SOLVER.BASE_LR, or look at these images"
+            )
+        self.optimizer.zero_grad()
+        total.backward()
+        SimpleTrainer.write_metrics(losses, data_time, self.iter)
+        self.optimizer.step()
+
+
+def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables) -> NucleiCheckpointer:
+    """The checkpointer of a run, with the config's decision about pickles."""
+    return NucleiCheckpointer(
+        model, cfg.OUTPUT_DIR, allow_pickle=cfg.MODEL.ALLOW_PICKLE, **checkpointables
+    )
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, dataset_names) -> OrderedDict:
+    """Evaluate ``model`` on registered sets: ``{dataset: {task: {metric: value}}}``.
+
+    Processes other than the main one get empty results.
+    """
+    results = OrderedDict()
+    for name in dataset_names:
+        evaluator = NucleiTrainer.build_evaluator(cfg, name)
+        loader = NucleiTrainer.build_test_loader(cfg, name)
+        results[name] = inference_on_dataset(model, loader, evaluator) or {}
+    return results
+
+
+def by_task(results: OrderedDict) -> dict:
+    """Drop the data set's name where there is one only, as Detectron2 does for its scalars."""
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def evaluate_and_save(cfg: CfgNode, model: nn.Module) -> OrderedDict:
+    """Evaluate on ``DATASETS.TEST`` and write ``OUTPUT_DIR/results.json``."""
+    results = evaluate(cfg, model, cfg.DATASETS.TEST)
+    if comm.is_main_process():
+        path = Path(cfg.OUTPUT_DIR) / "results.json"
+        write_json(path, results)
+        _logger.info(f"results written to {path}")
+    return results

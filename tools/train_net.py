@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Train or evaluate a model: Detectron2's train_net.py for nuclei.
+
+tools/train_net.py --config-file configs/mask_boundary_rcnn.yaml
+tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import print_csv_format, verify_results
+from detectron2.utils import comm
+
+from nuclei_d2.engine.trainer import (
+    NucleiTrainer,
+    build_checkpointer,
+    by_task,
+    evaluate_and_save,
+    setup,
+)
+from nuclei_d2.utils.errors import run_tool
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        model = NucleiTrainer.build_model(cfg)
+        build_checkpointer(cfg, model).load_exactly(cfg.MODEL.WEIGHTS)
+        results = evaluate_and_save(cfg, model)
+    else:
+        trainer = NucleiTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+    if comm.is_main_process():
+        for dataset, tasks in results.items():
+            print(f"{dataset} (AP in percent)")
+            print_csv_format(tasks)
+        verify_results(cfg, by_task(results))
+    return results
+
+
+def cli():
+    args = default_argument_parser(__doc__).parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    run_tool(cli)
