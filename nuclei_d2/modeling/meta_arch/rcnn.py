@@ -1,0 +1,71 @@
+"""R-CNN whose predictions carry boundary maps."""
+
+from detectron2.config import configurable
+from detectron2.layers import paste_masks_in_image
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+
+@META_ARCH_REGISTRY.register()
+class NucleiRCNN(GeneralizedRCNN):
+    """Detectron2's R-CNN for any mask head, in bfloat16 autocast too.
+
+    The output is Detectron2's, with one more field where the mask head predicts boundaries:
+    ``pred_boundaries``, (N, H, W) uint8, boundary probability x 255, rounded down.
+    """
+
+    @configurable
+    def __init__(self, **kwargs):
+        """Takes the keyword arguments of :class:`GeneralizedRCNN`."""
+        super().__init__(**kwargs)
+        self.backbone.register_forward_hook(_features_to_float32)
+
+    def inference(
+        self,
+        batched_inputs: list[dict],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[dict] | list[Instances]:
+        """Same as :meth:`GeneralizedRCNN.inference`, which pastes masks only."""
+        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        if not do_postprocess:
+            return results
+        return [
+            {
+                "instances": postprocess(
+                    result,
+                    inputs.get("height", result.image_size[0]),
+                    inputs.get("width", result.image_size[1]),
+                )
+            }
+            for inputs, result in zip(batched_inputs, results, strict=True)
+        ]
+
+
+def postprocess(results: Instances, height: int, width: int) -> Instances:
+    """Scale the raw predictions of one image to ``height`` x ``width`` pixels.
+
+    Args:
+        results: pred_boxes; where present, pred_masks and pred_boundaries, (N, 1, M, M)
+            probabilities inside the boxes. May be modified in place.
+
+    Returns:
+        What :func:`detector_postprocess` returns (boxes that became empty are dropped), with
+        pred_boundaries (N, height, width) uint8 where ``results`` had them.
+    """
+    results = detector_postprocess(results, height, width)
+    if results.has("pred_boundaries"):
+        # A negative threshold asks for probabilities x 255 as uint8.
+        results.pred_boundaries = paste_masks_in_image(
+            results.pred_boundaries[:, 0], results.pred_boxes, (height, width), threshold=-1
+        )
+    return results
+
+
+def _features_to_float32(
+    _backbone: nn.Module, _inputs: tuple, features: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Forward hook. ROIAlign rounds boxes to the type of the features: whole pixels in bfloat16."""
+    return {name: feature.float() for name, feature in features.items()}
