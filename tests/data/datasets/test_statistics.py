@@ -1,0 +1,203 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nuclei_d2.data.datasets.statistics import (
+    ASPECT_RATIOS,
+    STRIDES,
+    best_anchor_iou,
+    find_touching,
+    fit_anchors,
+    measure_image,
+    propose,
+    propose_scale,
+    summarize,
+)
+
+
+def draw(shape, **squares):
+    """Label image with one square per keyword: ``_1=(top, left, side)``."""
+    labels = np.zeros(shape, np.int32)
+    for name, (top, left, side) in squares.items():
+        labels[top : top + side, left : left + side] = int(name[1:])
+    return labels
+
+
+def measure(labels, image=None, **kwargs):
+    ids = range(1, labels.max(initial=0) + 1)
+    areas = np.array([(labels == k).sum() for k in ids])
+    places = [np.argwhere(labels == k) for k in ids]
+    boxes = np.array([[*p.min(0)[::-1], *(p.max(0)[::-1] + 1)] for p in places])
+    if image is None:
+        image = np.zeros((*labels.shape, 1), np.float32)
+    return measure_image(image, labels, areas, boxes, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        ((2, 6, 4), True),  # shares an edge
+        ((6, 6, 4), True),  # shares a corner
+        ((6, 0, 2), True),  # shares the other diagonal's corner
+        ((2, 7, 4), False),  # one pixel between
+        ((7, 7, 4), False),
+    ],
+)
+def test_two_squares_touch(second, expected):
+    labels = draw((16, 16), _1=(2, 2, 4), _2=second)
+    assert find_touching(labels).tolist() == [expected, expected]
+
+
+def test_touching_is_told_for_each_label_and_background_is_no_neighbour():
+    labels = draw((20, 20), _1=(0, 0, 5), _2=(0, 5, 5), _3=(12, 12, 4))
+    assert find_touching(labels).tolist() == [True, True, False]
+    assert find_touching(np.zeros((4, 4), np.int32)).tolist() == []
+
+
+def test_wholly_hidden_last_nucleus_does_not_touch():
+    labels = draw((8, 8), _1=(0, 0, 4))
+    image = np.zeros((8, 8, 1), np.float32)
+    boxes = [[0, 0, 4, 4], [1, 1, 2, 2]]
+    assert measure_image(image, labels, [16, 1], boxes).touching.tolist() == [False, False]
+
+
+def test_intensity_of_a_two_level_image():
+    labels = draw((10, 10), _1=(0, 0, 5))
+    image = np.where(labels > 0, 300.0, 100.0).astype(np.float32)[:, :, None]
+    measured = measure(labels, image, modality="fluorescence")
+    assert (measured.low, measured.high) == (100, 300)
+    assert (measured.background, measured.foreground) == (0, 255)
+    assert measured.modality == "fluorescence"
+
+
+def test_summary_by_hand():
+    first = measure(draw((20, 30), _1=(0, 0, 4), _2=(0, 4, 4), _3=(10, 10, 8)), modality="a")
+    second = measure(draw((20, 30), _1=(5, 5, 6)), modality="b")
+    empty = measure(np.zeros((40, 40), np.int32), modality="a")
+    summary = summarize([first, second, empty])
+    assert (summary.images, summary.nuclei) == (3, 4)
+    assert (summary.count_median, summary.count_max) == (1, 3)
+    assert summary.empty_share == pytest.approx(1 / 3)
+    assert summary.touching_share == 0.5
+    assert summary.sizes == {"20 x 30": 2, "40 x 40": 1}
+    assert summary.modalities == {"a": 2, "b": 1}
+    # Squares of 4, 4, 6 and 8 pixels: the median lies half-way between 4 and 6.
+    assert summary.diameter_percentiles[50] == 5
+    assert summary.diameter_percentiles[75] == pytest.approx(6.5)
+    assert summary.box_side_percentiles == pytest.approx(summary.diameter_percentiles)
+    assert summary.background_percentiles[50] == 0
+
+
+def test_summary_without_nuclei_has_no_diameter():
+    summary = summarize([measure(np.zeros((8, 8), np.int32))])
+    assert summary.empty_share == 1
+    assert math.isnan(summary.touching_share)
+    assert math.isnan(summary.diameter_percentiles[50])
+    assert math.isnan(summary.foreground_percentiles[50])
+
+
+@pytest.mark.parametrize(
+    ("diameter", "scale"), [(24, 1.0), (18, 1.5), (12, 2.0), (2, 4.0), (96, 0.25), (48, 0.5)]
+)
+def test_scale(diameter, scale):
+    assert propose_scale(diameter) == scale
+
+
+def test_anchor_on_the_grid_point_matches_perfectly():
+    # 32 x 32 around (64, 64), a point of every stride.
+    boxes = np.array([[48.0, 48, 80, 80]])
+    frames = np.array([[128.0, 128]])
+    assert best_anchor_iou(boxes, frames, [[32], [64], [64], [64], [64]]) == pytest.approx([1.0])
+    # Twice the side: a quarter of the area.
+    assert best_anchor_iou(boxes, frames, [[64]] * 5) == pytest.approx([0.25])
+
+
+def test_anchor_iou_falls_with_the_distance_to_the_grid():
+    # Centre (66, 64): 2 px beside the points of stride 4 and more; 30 of 32 columns overlap.
+    boxes = np.array([[50.0, 48, 82, 80]])
+    frames = np.array([[128.0, 128]])
+    expected = 30 / (32 + 32 - 30)
+    assert best_anchor_iou(boxes, frames, [[32]] * 5) == pytest.approx([expected])
+
+
+def test_anchor_grid_ends_with_the_image():
+    # Centre (62, 62) in a 64 px image: stride 64 has the point 0 alone, stride 4 has 60.
+    boxes = np.array([[60.0, 60, 64, 64]])
+    frames = np.array([[64.0, 64]])
+    fine = best_anchor_iou(boxes, frames, [[4], [], [], [], []])
+    assert fine == pytest.approx([4 / 28])
+    assert best_anchor_iou(boxes, frames, [[], [], [], [], [4]]) == pytest.approx([0.0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0, 90), st.floats(0, 90), st.floats(2, 60), st.floats(2, 60), st.floats(4, 40))
+def test_best_anchor_iou_equals_detectron2s(x, y, width, height, size):
+    import torch
+    from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+    from detectron2.structures import Boxes, pairwise_iou
+
+    frame = 128
+    sizes = [[size * 2**level] for level in range(5)]
+    generator = DefaultAnchorGenerator(
+        sizes=sizes, aspect_ratios=[list(ASPECT_RATIOS)], strides=list(STRIDES), offset=0.0
+    )
+    features = [torch.zeros(1, 1, frame // stride, frame // stride) for stride in STRIDES]
+    anchors = Boxes.cat(generator(features))
+    box = np.array([[x, y, x + width, y + height]])
+    exact = pairwise_iou(Boxes(torch.tensor(box, dtype=torch.float32)), anchors).max().item()
+    frames = np.array([[frame, frame]])
+    assert best_anchor_iou(box, frames, sizes)[0] == pytest.approx(exact, abs=1e-4)
+
+
+def test_anchors_double_from_the_smallest_boxes():
+    rng = np.random.default_rng(0)
+    sides = 2 ** rng.uniform(3, 7, 400)
+    centres = rng.uniform(128, 384, (400, 2))
+    boxes = np.hstack([centres - sides[:, None] / 2, centres + sides[:, None] / 2])
+    anchors = fit_anchors(boxes, np.full((400, 2), 512.0))
+    sizes = [level[0] for level in anchors]
+    assert all(len(level) == 1 for level in anchors)
+    assert 8 <= sizes[0] <= 12
+    assert sizes == [sizes[0] * 2**level for level in range(5)]
+
+
+def test_anchors_spread_to_span_the_boxes():
+    sides = np.repeat([4.0, 400.0], 50)
+    boxes = np.stack([600 - sides / 2, 600 - sides / 2, 600 + sides / 2, 600 + sides / 2], 1)
+    anchors = fit_anchors(boxes, np.full((100, 2), 1200.0))
+    assert anchors[-1][0] / anchors[0][0] == pytest.approx(100, rel=0.05)
+
+
+def test_proposal_by_hand():
+    # 35 squares of 12 px in one image, none in the other.
+    labels = np.zeros((160, 160), np.int32)
+    for k in range(35):
+        top, left = 20 * (k // 7), 20 * (k % 7)
+        labels[top : top + 12, left : left + 12] = k + 1
+    proposal = propose([measure(labels), measure(np.zeros((50, 50), np.int32))])
+    assert proposal.scale == 2.0
+    assert proposal.detections == 100  # 1.5 x 35 = 52.5
+    assert proposal.crop == 256  # ten diameters of 24 px are 240
+    assert proposal.recall_50 == 1.0
+    assert 0 <= proposal.recall_70 <= proposal.recall_50
+    config = proposal.to_config()
+    assert config["TEST"]["DETECTIONS_PER_IMAGE"] == 100
+    assert config["MODEL"]["RPN"]["POST_NMS_TOPK_TEST"] == 1000
+    assert propose([measure(labels)], scale=1.0).crop == 128
+
+
+def test_topk_grows_with_the_cap():
+    labels = np.arange(1, 901, dtype=np.int32).reshape(30, 30).repeat(4, 0).repeat(4, 1)
+    proposal = propose([measure(labels)])
+    assert proposal.detections == 1350
+    rpn = proposal.to_config()["MODEL"]["RPN"]
+    assert rpn["POST_NMS_TOPK_TEST"] == rpn["PRE_NMS_TOPK_TEST"] == 2700
+    assert rpn["PRE_NMS_TOPK_TRAIN"] == 5400
+
+
+def test_nothing_to_propose_without_nuclei():
+    with pytest.raises(ValueError, match="no nuclei"):
+        propose([measure(np.zeros((8, 8), np.int32))])

@@ -1,0 +1,96 @@
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from nuclei_d2.data.datasets.statistics import find_touching
+from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate, layered_masks
+
+FULL = SyntheticConfig(empty=0.0, count=(40, 40), diameter=(18.0, 18.0))
+
+
+def test_shapes_types_and_numbering():
+    image, labels = generate(3, SyntheticConfig(height=120, width=200, empty=0.0))
+    assert (image.shape, image.dtype) == ((120, 200), np.uint8)
+    assert (labels.shape, labels.dtype) == ((2, 120, 200), np.int32)
+    assert np.unique(labels).tolist() == list(range(labels.max() + 1))
+    image, _ = generate(3, SyntheticConfig(bits=12))
+    assert image.dtype == np.uint16
+    assert image.max() < 4096
+
+
+def test_a_seed_means_one_field():
+    first, second, other = generate(7), generate(7), generate(8)
+    assert np.array_equal(first[0], second[0])
+    assert np.array_equal(first[1], second[1])
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_empty_field():
+    image, labels = generate(0, SyntheticConfig(empty=1.0))
+    assert not labels.any()
+    assert image.std() > 0  # background and noise stay
+
+
+def test_every_nucleus_is_one_visible_piece():
+    for seed in range(5):
+        masks = layered_masks(generate(seed, dataclasses.replace(FULL, crowding=0.9))[1])
+        assert masks.sum(axis=(1, 2)).min() >= 12
+        assert all(ndimage.label(mask)[1] == 1 for mask in masks)
+
+
+def test_overlaps_are_in_both_masks_and_small():
+    config = dataclasses.replace(FULL, crowding=1.0, overlapping=1.0)
+    shares = []
+    for seed in range(5):
+        labels = generate(seed, config)[1]
+        masks = layered_masks(labels)
+        twice = masks.sum(axis=0) >= 2
+        assert np.array_equal(twice, labels[1] > 0)
+        shares += [(mask & twice).sum() / mask.sum() for mask in masks]
+    assert max(shares) > 0.02
+    # Nuclei cut off by the frame can have a larger part in common.
+    assert np.mean(np.array(shares) <= config.max_overlap * 1.1) > 0.9
+
+
+def test_no_overlaps_where_none_are_asked_for():
+    config = dataclasses.replace(FULL, crowding=1.0, overlapping=0.0)
+    assert not generate(0, config)[1][1].any()
+
+
+def test_crowding_sets_the_touching_share():
+    shares = []
+    for crowding in (0.0, 0.25, 0.5, 0.75, 1.0):
+        config = dataclasses.replace(FULL, crowding=crowding)
+        touching = [find_touching(generate(seed, config)[1][0]) for seed in range(6)]
+        shares.append(np.concatenate(touching).mean())
+    assert shares[0] == 0
+    assert all(np.diff(shares) > 0)
+    assert shares[-1] > 0.9
+
+
+def test_nuclei_are_brighter_than_the_background_and_their_size_is_as_asked():
+    config = dataclasses.replace(FULL, crowding=0.0, mitotic=0.0, debris=(0, 0))
+    image, labels = generate(1, config)
+    assert np.median(image[labels[0] > 0]) > 2 * np.median(image[labels[0] == 0])
+    areas = np.bincount(labels[0].ravel())[1:]
+    # The outline's equal-area diameter is 18 px: an area of 254 px.
+    assert np.median(areas) == pytest.approx(np.pi * 9**2, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("config", "seconds"),
+    [
+        (FULL, 0.04),
+        (dataclasses.replace(FULL, height=2048, width=2048, count=(2000, 2000)), 3.0),
+    ],
+)
+def test_speed(config, seconds):
+    generate(0, config)
+    start = time.process_time()
+    _, labels = generate(0, config)
+    elapsed = time.process_time() - start
+    assert labels.max() > 0.95 * config.count[0]
+    assert elapsed < 3 * seconds  # machines differ; a slip to full-frame work costs far more
