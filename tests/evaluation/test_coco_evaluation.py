@@ -1,0 +1,179 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from nuclei_d2.evaluation.coco_evaluation import NucleiCOCOEvaluator, coco_ap, dataset_to_coco
+
+
+def squares(boxes, shape=(128, 128)):
+    """One bool mask per XYXY box."""
+    masks = np.zeros((len(boxes), *shape), dtype=bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = True
+    return masks
+
+
+def record(image_id, boxes, shape=(128, 128)):
+    annotations = []
+    for mask, box in zip(squares(boxes, shape), boxes, strict=True):
+        rle = mask_util.encode(np.asfortranarray(mask))
+        annotations.append(
+            {
+                "bbox": [float(v) for v in box],
+                "bbox_mode": BoxMode.XYXY_ABS,
+                "category_id": 0,
+                "segmentation": {**rle, "counts": rle["counts"].decode()},
+            }
+        )
+    size = {"height": shape[0], "width": shape[1]}
+    return {
+        "file_name": f"{image_id}.png",
+        "image_id": image_id,
+        "annotations": annotations,
+        **size,
+    }
+
+
+def instances(boxes, scores, shape=(128, 128)):
+    return Instances(
+        shape,
+        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
+        scores=torch.tensor(scores, dtype=torch.float32),
+        pred_classes=torch.zeros(len(scores), dtype=torch.int64),
+        pred_masks=torch.from_numpy(squares(boxes, shape)),
+    )
+
+
+def grid(n, size=8, shape=(1024, 1024)):
+    step = size + 2
+    columns = shape[1] // step
+    return [
+        (x, y, x + size, y + size)
+        for x, y in ((i % columns * step, i // columns * step) for i in range(n))
+    ]
+
+
+@pytest.fixture
+def dataset():
+    """Register dataset dicts for one test."""
+    names = []
+
+    def register(dicts):
+        name = f"evaluation_test_{len(names)}"
+        DatasetCatalog.register(name, lambda: dicts)
+        MetadataCatalog.get(name).set(thing_classes=["nucleus"])
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def run(name, dicts, outputs, max_dets=600, output_dir=None):
+    evaluator = NucleiCOCOEvaluator(name, max_dets=max_dets, output_dir=output_dir)
+    evaluator.reset()
+    evaluator.process(dicts, [{"instances": o} for o in outputs])
+    return evaluator.evaluate()
+
+
+def test_perfect_predictions_score_100_at_1_and_at_1000_nuclei(dataset):
+    for n in (1, 1000):
+        boxes = grid(n)
+        dicts = [record(1, boxes, (1024, 1024))]
+        result = run(
+            dataset(dicts), dicts, [instances(boxes, [0.9] * n, (1024, 1024))], max_dets=1500
+        )
+        for task in ("bbox", "segm"):
+            assert result[task]["AP"] == pytest.approx(100)
+            assert result[task]["APs"] == pytest.approx(100)
+            assert np.isnan(result[task]["APl"])
+
+
+def test_a_cap_below_the_fullest_image_is_reported(dataset, caplog):
+    boxes = grid(30)
+    dicts = [record(1, boxes, (1024, 1024))]
+    with caplog.at_level(logging.WARNING):
+        result = run(
+            dataset(dicts), dicts, [instances(boxes, [0.9] * 30, (1024, 1024))], max_dets=15
+        )
+    assert result["segm"]["AP"] < 60
+    assert "TEST.DETECTIONS_PER_IMAGE = 15 binds" in caplog.text
+
+
+def test_ap_by_hand(dataset):
+    """One of two nuclei found, below a false positive: precision 1/2 up to recall 1/2."""
+    truth = [(0, 0, 20, 20), (40, 40, 60, 60)]
+    dicts = [record(1, truth)]
+    found = instances([(0, 0, 20, 20), (80, 80, 100, 100)], [0.5, 0.9])
+    result = run(dataset(dicts), dicts, [found])
+    # 51 of the 101 recall points (0 .. 0.5) have precision 0.5, the others 0.
+    assert result["segm"]["AP50"] == pytest.approx(100 * 51 / 101 * 0.5)
+    assert result["segm"]["AR"] == pytest.approx(50)
+
+
+def test_no_prediction_is_zero_and_no_truth_is_undefined(dataset):
+    empty = instances([], [])
+    dicts = [record(1, [(0, 0, 20, 20)])]
+    assert run(dataset(dicts), dicts, [empty])["segm"]["AP"] == 0
+    dicts = [record(1, [])]
+    assert np.isnan(run(dataset(dicts), dicts, [empty])["segm"]["AP"])
+    one = instances([(0, 0, 20, 20)], [0.9])
+    assert np.isnan(run(dataset(dicts), dicts, [one])["segm"]["AP"])
+
+
+def test_results_file_is_standard_coco(dataset, tmp_path):
+    boxes = [(0, 0, 20, 20), (40, 40, 60, 60)]
+    dicts = [record(5, boxes)]
+    run(dataset(dicts), dicts, [instances(boxes, [0.9, 0.8])], output_dir=str(tmp_path))
+    results = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [r["bbox"] for r in results] == [[0, 0, 20, 20], [40, 40, 20, 20]]
+    assert {r["image_id"] for r in results} == {5}
+    assert mask_util.area(results[0]["segmentation"]) == 400
+
+
+def test_agrees_with_pycocotools_on_noisy_predictions():
+    rng = np.random.default_rng(0)
+    dicts, predictions = [], []
+    for image_id in range(1, 9):
+        boxes = grid(int(rng.integers(0, 60)), size=12, shape=(128, 128))
+        dicts.append(record(image_id, boxes))
+        for x0, y0, x1, y1 in boxes:
+            dx, dy = rng.integers(-3, 4, 2).tolist()
+            box = (max(x0 + dx, 0), max(y0 + dy, 0), min(x1 + dx, 128), min(y1 + dy, 128))
+            rle = mask_util.encode(np.asfortranarray(squares([box])[0]))
+            predictions.append(
+                {
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "score": float(rng.random()),
+                    "segmentation": {**rle, "counts": rle["counts"].decode()},
+                }
+            )
+    fast_truth = dataset_to_coco(dicts)
+    slow_truth = COCO()
+    slow_truth.dataset = json.loads(json.dumps(fast_truth.dataset))
+    slow_truth.createIndex()
+    for task in ("bbox", "segm"):
+        scorer = COCOeval(slow_truth, slow_truth.loadRes(json.loads(json.dumps(predictions))), task)
+        scorer.params.maxDets = [2000]
+        scorer.params.areaRng = [[0, 1e10], [0, 324], [324, 961], [961, 1e10]]
+        scorer.params.areaRngLbl = ["all", "small", "medium", "large"]
+        scorer.evaluate()
+        scorer.accumulate()
+        precision = scorer.eval["precision"][:, :, 0, :, 0]
+        ours = coco_ap(fast_truth, predictions, task, max_dets=2000)
+        assert ours["AP"] == pytest.approx(precision[:, :, 0].mean() * 100, abs=1e-9)
+        assert ours["AP75"] == pytest.approx(precision[5, :, 0].mean() * 100, abs=1e-9)
+        assert ours["APs"] == pytest.approx(precision[:, :, 1].mean() * 100, abs=1e-9)
+        assert ours["AR"] == pytest.approx(scorer.eval["recall"][:, 0, 0, 0].mean() * 100, abs=1e-9)

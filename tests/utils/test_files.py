@@ -1,0 +1,54 @@
+import json
+
+import numpy as np
+import pytest
+
+from nuclei_d2.utils.errors import NucleiError, run_tool
+from nuclei_d2.utils.files import atomic_path, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_error_names_the_file(tmp_path):
+    expected = pytest.raises(NucleiError, match=r"cannot write .*out\.bin: No space left")
+    with expected, atomic_path(tmp_path / "out.bin"):
+        raise OSError(28, "No space left on device")
+
+
+def test_the_temporary_file_keeps_the_suffix(tmp_path):
+    with atomic_path(tmp_path / "a" / "image.png") as temporary:
+        assert temporary.suffix == ".png"
+        temporary.write_bytes(b"x")
+    assert (tmp_path / "a" / "image.png").read_bytes() == b"x"
+
+
+def test_json_takes_numpy_and_turns_what_json_has_no_word_for_into_null(tmp_path):
+    value = {"a": np.float32(0.5), 1: (np.int64(2), float("nan")), "c": np.array([[1, 2]])}
+    write_json(tmp_path / "x.json", value)
+    expected = {"a": 0.5, "1": [2, None], "c": [[1, 2]]}
+    assert json.loads((tmp_path / "x.json").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (NucleiError("x.png: cut short"), 2, "error: x.png: cut short\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_tools_end_in_one_line_and_a_status(capsys, error, code, message):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_tool(main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == message
