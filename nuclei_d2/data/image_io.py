@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import tifffile
 from detectron2.config import CfgNode, configurable
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nuclei_d2.utils.errors import NucleiError
 
@@ -31,7 +31,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         NucleiError: the file is missing, empty, truncated or no image, holds NaN or infinity,
             or more than one grey or colour image (a z-stack, a time series, other channels).
     """
-    array = _read(path, expand_palette=True)
+    array = _read(path, as_grey_levels=True)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.dtype == bool:
@@ -52,19 +52,19 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
         NucleiError: as :func:`read_image`, and for a colour image, negative values, values of
             2^31 and more, and floats that are no integers.
     """
-    array = _read(path, expand_palette=False)
+    array = _read(path, as_grey_levels=False)
     if array.ndim == 3:
         raise NucleiError(f"{path}: a label image has one channel, this one is in colour")
     if array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.rint(array))).all():
         raise NucleiError(f"{path}: a label image holds integers, this one has other numbers")
     if array.size and array.min() < 0:
         raise NucleiError(f"{path}: a label image has no negative values; use 0 for background")
-    if array.size and array.max() > np.iinfo(np.int32).max:
+    if array.size and int(array.max()) > np.iinfo(np.int32).max:
         raise NucleiError(f"{path}: labels reach {array.max()}; relabel them below 2^31")
     return array.astype(np.int32)
 
 
-def _read(path: str | os.PathLike, expand_palette: bool) -> np.ndarray:
+def _read(path: str | os.PathLike, as_grey_levels: bool) -> np.ndarray:
     """(H, W) grey or (H, W, 3) RGB or (H, W, 4) RGBA in the file's own type."""
     path = Path(path)
     try:
@@ -76,15 +76,19 @@ def _read(path: str | os.PathLike, expand_palette: bool) -> np.ndarray:
         raise NucleiError(f"{path}: the file is empty; copy or download it again")
     decode = _read_tiff if head[:4] in _TIFF_MAGIC else _read_pillow
     try:
-        return decode(path, expand_palette)
+        return decode(path, as_grey_levels)
     except NucleiError:
         raise
+    except UnidentifiedImageError as error:
+        raise NucleiError(f"{path}: no PNG, TIFF, JPEG or BMP image; convert it to one") from error
+    except Image.DecompressionBombError as error:
+        raise NucleiError(f"{path}: too large for this format; save it as TIFF") from error
     except Exception as error:  # decoders raise errors of every kind on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise NucleiError(f"{path}: truncated or no readable image ({reason})") from error
+        raise NucleiError(f"{path}: truncated or damaged, cannot decode it ({reason})") from error
 
 
-def _read_pillow(path: Path, expand_palette: bool) -> np.ndarray:
+def _read_pillow(path: Path, as_grey_levels: bool) -> np.ndarray:
     with Image.open(path) as image:
         if getattr(image, "is_animated", False):
             raise NucleiError(f"{path}: holds {image.n_frames} frames; save one image per file")
@@ -92,7 +96,7 @@ def _read_pillow(path: Path, expand_palette: bool) -> np.ndarray:
         if image.format == "PNG" and _png_bit_depth(path) == 16 and not image.mode.startswith("I"):
             return _read_colour_png16(path, has_grey_alpha=image.mode == "LA")
         image = ImageOps.exif_transpose(image)
-        if image.mode == "P" and not expand_palette:
+        if image.mode == "P" and not as_grey_levels:
             return np.array(image)
         if image.mode in ("LA", "La"):
             image = image.getchannel("L")
@@ -114,15 +118,16 @@ def _read_colour_png16(path: Path, has_grey_alpha: bool) -> np.ndarray:
     return image[:, :, 0] if has_grey_alpha else image[:, :, 2::-1]
 
 
-def _read_tiff(path: Path, expand_palette: bool) -> np.ndarray:
+def _read_tiff(path: Path, as_grey_levels: bool) -> np.ndarray:
     with tifffile.TiffFile(path) as tiff:
         if len(tiff.series) != 1:
             raise NucleiError(f"{path}: holds {len(tiff.series)} images; save one image per file")
         series, page = tiff.series[0], tiff.pages.first
         array = _channels_last(series.asarray(), series.axes, path)
-        if expand_palette and array.ndim == 2 and page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        if as_grey_levels and array.ndim == 2 and page.photometric == tifffile.PHOTOMETRIC.PALETTE:
             return np.moveaxis(page.colormap[:, array], 0, -1)
-        if expand_palette and page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        is_inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+        if as_grey_levels and is_inverted and array.dtype.kind in "bu":
             return ~array  # bool and unsigned integers: the largest value minus the pixel
     return array
 
@@ -249,5 +254,5 @@ class ImageNormalizer:
             image = image[:, :, :1]
         image = normalize(image, self.percentiles, self.noise_floor, self.min_levels)
         if image.shape[2] == 1:
-            return np.repeat(image, 3, axis=2)
+            return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
         return np.ascontiguousarray(image[:, :, ::-1]) if self.image_format == "BGR" else image
