@@ -1,0 +1,268 @@
+"""Instance masks, label images and COCO JSON: conversions, writing and loading."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from scipy import ndimage
+
+from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import write_json
+
+CATEGORIES = [{"id": 1, "name": "nucleus"}]
+MAX_LABELS = np.iinfo(np.uint16).max
+
+
+class BoxedMask(NamedTuple):
+    """A binary mask cut to its bounding box, and where the box lies in the image.
+
+    ``mask`` is (h, w) bool and touches all four sides; an empty mask has shape (0, 0).
+    """
+
+    mask: np.ndarray
+    top: int
+    left: int
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return int(np.count_nonzero(self.mask))
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Index of the box in an image."""
+        height, width = self.mask.shape
+        return slice(self.top, self.top + height), slice(self.left, self.left + width)
+
+
+def box_mask(mask: np.ndarray) -> BoxedMask:
+    """Cut a (H, W) mask, any type, nonzero = nucleus, to its bounding box."""
+    mask = np.asarray(mask, bool)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if rows.size == 0:
+        return BoxedMask(np.zeros((0, 0), bool), 0, 0)
+    top, left = int(rows[0]), int(columns[0])
+    return BoxedMask(mask[top : rows[-1] + 1, left : columns[-1] + 1], top, left)
+
+
+def label_image_to_masks(labels: np.ndarray) -> list[tuple[int, BoxedMask]]:
+    """Split a (H, W) integer label image into (label, mask) pairs by increasing label; 0 is none.
+
+    Every label is one mask, even where it has several components.
+    """
+    values, dense = np.unique(labels, return_inverse=True)
+    dense = dense.reshape(labels.shape) + (1 if values.size and values[0] != 0 else 0)
+    values = values[values != 0]
+    masks = []
+    for index, (value, window) in enumerate(
+        zip(values.tolist(), ndimage.find_objects(dense), strict=True), start=1
+    ):
+        mask = dense[window] == index
+        masks.append((value, BoxedMask(mask, window[0].start, window[1].start)))
+    return masks
+
+
+def masks_to_label_image(masks: Sequence[BoxedMask], size: tuple[int, int]) -> np.ndarray:
+    """Paint ``masks`` into one image of ``size`` (H, W): mask k becomes label k + 1.
+
+    Where masks overlap, the smaller one gets the pixel; of equally large ones the earlier.
+
+    Returns:
+        (H, W) uint16.
+
+    Raises:
+        NucleiError: more than 65,535 masks.
+    """
+    if len(masks) > MAX_LABELS:
+        raise NucleiError(f"{len(masks)} nuclei in one image; a label image holds {MAX_LABELS}")
+    labels = np.zeros(size, np.uint16)
+    # Reversing the stable sort puts the smallest, and of equals the earliest, last: on top.
+    for k in sorted(range(len(masks)), key=lambda k: masks[k].area)[::-1]:
+        labels[masks[k].window][masks[k].mask] = k + 1
+    return labels
+
+
+def mask_to_rle(boxed: BoxedMask, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's compressed RLE of a mask in an image of ``size`` (H, W).
+
+    Runs go down the columns, so only the box is looked at: the cost is that of the box, not
+    of the image.
+
+    Returns:
+        ``{"size": [H, W], "counts": str}``.
+    """
+    height, width = size
+    # +1 where a run starts, -1 behind its end, one column per row of `steps`.
+    steps = np.diff(np.pad(boxed.mask, ((1, 1), (0, 0))).astype(np.int8), axis=0).T
+    column, start = np.nonzero(steps == 1)
+    end = np.nonzero(steps == -1)[1]
+    offset = (boxed.left + column) * height + boxed.top
+    bounds = np.stack([offset + start, offset + end], axis=1).ravel()
+    # A run that reaches the bottom goes on at the top of the next column: drop the seam.
+    seam = np.flatnonzero(bounds[1:-1:2] == bounds[2::2])
+    bounds = np.delete(bounds, np.concatenate([2 * seam + 1, 2 * seam + 2]))
+    counts = np.diff(np.concatenate([[0], bounds, [height * width]])).tolist()
+    if counts[-1] == 0:  # COCO's own encoder writes no empty run at the end
+        counts.pop()
+    rle = mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def mask_to_annotation(boxed: BoxedMask, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO annotation of a nonempty mask in an image of ``size`` (H, W), without the ids."""
+    height, width = boxed.mask.shape
+    return {
+        "category_id": CATEGORIES[0]["id"],
+        "bbox": [boxed.left, boxed.top, width, height],
+        "area": boxed.area,
+        "iscrowd": 0,
+        "segmentation": mask_to_rle(boxed, size),
+    }
+
+
+def write_coco_json(
+    path: str | os.PathLike, images: Sequence[dict[str, Any]], description: str = ""
+) -> None:
+    """Write COCO JSON atomically.
+
+    Args:
+        path: the file to write.
+        images: COCO image entries, each with an extra key "annotations": COCO annotations
+            without ids, which are numbered from 1 here.
+        description: goes to the JSON's "info".
+    """
+    entries, annotations = [], []
+    for image in images:
+        entries.append({key: value for key, value in image.items() if key != "annotations"})
+        for annotation in image["annotations"]:
+            ids = {"id": len(annotations) + 1, "image_id": image["id"]}
+            annotations.append({**ids, **annotation})
+    content = {
+        "info": {"description": description},
+        "licenses": [],
+        "categories": CATEGORIES,
+        "images": entries,
+        "annotations": annotations,
+    }
+    write_json(path, content, indent=None)
+
+
+def load_nuclei_json(
+    json_file: str | os.PathLike, image_root: str | os.PathLike, name: str | None = None
+) -> list[dict[str, Any]]:
+    """Load COCO JSON as Detectron2 dataset dicts with one class, "nucleus".
+
+    Whatever the file's categories, all map to class 0. Polygons become RLE, as
+    ``INPUT.MASK_FORMAT`` is "bitmask". Prepared sets add "label_file_name" (absolute),
+    "modality" and "overlaps".
+
+    Args:
+        json_file: COCO instance annotations.
+        image_root: folder that the JSON's "file_name"s are relative to.
+        name: a registered name: its metadata gets ``thing_classes`` and, for a file with one
+            category, ``thing_dataset_id_to_contiguous_id``.
+
+    Raises:
+        NucleiError: the file is missing, broken or no COCO instance annotation, ids occur
+            twice, or an annotation has no usable segmentation.
+    """
+    content = read_coco_json(json_file)
+    extras = {image["id"]: image for image in content["images"]}
+    root = Path(image_root).absolute()
+    dataset_dicts = load_coco_json(str(json_file), str(root))
+    for record in dataset_dicts:
+        extra = extras[record["image_id"]]
+        if "label_file_name" in extra:
+            record["label_file_name"] = str(root / extra["label_file_name"])
+        record.update({key: extra[key] for key in ("modality", "overlaps") if key in extra})
+        for annotation in record["annotations"]:
+            _use_rle(annotation, record, json_file)
+    if name is not None:
+        _set_classes(name, content["categories"])
+    return dataset_dicts
+
+
+def _use_rle(annotation: dict[str, Any], record: dict[str, Any], json_file) -> None:
+    size = [record["height"], record["width"]]
+    annotation["category_id"] = 0
+    annotation["segmentation"] = segmentation_to_rle(
+        annotation.get("segmentation"), size, f"{json_file}: image {record['file_name']}"
+    )
+    if "bbox" not in annotation:
+        annotation["bbox"] = mask_util.toBbox(annotation["segmentation"]).tolist()
+
+
+def segmentation_to_rle(segmentation: Any, size: Sequence[int], source: str) -> dict[str, Any]:
+    """Polygons or RLE of an image of ``size`` (H, W) -> compressed RLE.
+
+    Raises:
+        NucleiError: naming ``source``, when there is no segmentation or it does not fit.
+    """
+    if not segmentation:
+        raise NucleiError(f"{source}: an annotation has no segmentation; a box alone is no mask")
+    try:
+        if isinstance(segmentation, list):
+            return mask_util.merge(mask_util.frPyObjects(segmentation, *size))
+        if list(segmentation["size"]) != list(size):
+            raise ValueError(f"RLE of size {segmentation['size']} in an image of size {list(size)}")
+        if isinstance(segmentation["counts"], list):
+            return mask_util.frPyObjects(segmentation, *size)
+    except Exception as error:  # pycocotools raises errors of every kind
+        raise NucleiError(f"{source}: broken segmentation ({error})") from error
+    return segmentation
+
+
+def _set_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:
+    metadata = MetadataCatalog.get(name)
+    metadata.thing_classes = [CATEGORIES[0]["name"]]
+    if len(categories) == 1:
+        metadata.thing_dataset_id_to_contiguous_id = {categories[0]["id"]: 0}
+
+
+def read_coco_json(json_file: str | os.PathLike) -> dict[str, Any]:
+    """Parse and check a COCO instance file.
+
+    Raises:
+        NucleiError: as :func:`load_nuclei_json`.
+    """
+    try:
+        content = json.loads(Path(json_file).read_bytes())
+    except OSError as error:
+        raise NucleiError(f"cannot read {json_file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise NucleiError(f"{json_file}: broken JSON ({error}); write it again") from error
+    required = {
+        "images": ("id", "file_name", "height", "width"),
+        "annotations": ("id", "image_id", "category_id"),
+        "categories": ("id", "name"),
+    }
+    for part, keys in required.items():
+        _check_part(content, part, keys, json_file)
+    images = {image["id"] for image in content["images"]}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in images:
+            raise NucleiError(
+                f"{json_file}: annotation {annotation['id']} belongs to image "
+                f"{annotation['image_id']}, which the file does not list"
+            )
+    return content
+
+
+def _check_part(content: Any, part: str, keys: Sequence[str], json_file) -> None:
+    entries = content.get(part) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise NucleiError(f"{json_file}: no list of {part}; it is not COCO instance JSON")
+    seen = set()
+    for index, entry in enumerate(entries):
+        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise NucleiError(f"{json_file}: {part}[{index}] lacks {', '.join(missing)}")
+        if entry["id"] in seen:
+            raise NucleiError(f"{json_file}: id {entry['id']} occurs twice among its {part}")
+        seen.add(entry["id"])

@@ -1,0 +1,409 @@
+"""The core that every format shares: images and masks -> images, label images and COCO JSON.
+
+A format (see ``nuclei_d2.data.datasets.formats``) lists :class:`Record`; :func:`prepare` reads
+them in parallel processes, accounts for every mask and writes the data set.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from tabulate import tabulate
+from tqdm import tqdm
+
+from nuclei_d2.data.datasets.coco import (
+    BoxedMask,
+    mask_to_annotation,
+    masks_to_label_image,
+    write_coco_json,
+)
+from nuclei_d2.data.datasets.sources import check_image_id
+from nuclei_d2.data.image_io import read_image
+from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import atomic_path, write_json
+
+T = TypeVar("T")
+
+MODALITIES = ("fluorescence", "histology", "brightfield")
+SPLITS = ("train", "val", "test")
+# Reasons to drop a mask, and to note one that is kept.
+EMPTY, DUPLICATE, HIDDEN = "empty", "duplicate", "wholly hidden"
+FRAGMENTS, OVERLAPPING = "disconnected fragments", "overlapping"
+
+_EIGHT_CONNECTED = np.ones((3, 3), int)
+
+
+class ImageSource(Protocol):
+    """What :func:`prepare` needs of an image: ``sources.SourceFile`` is one."""
+
+    @property
+    def suffix(self) -> str:
+        """Lower-case file suffix with its dot."""
+
+    def read_bytes(self) -> bytes:
+        """The encoded file, copied as it is."""
+
+    def read(self, reader: Callable[[Path], T]) -> T:
+        """Call ``reader`` on a path that holds the file."""
+
+
+class NamedMask(NamedTuple):
+    """One annotated object: where it comes from, its mask, and why it is dropped, if it is."""
+
+    name: str
+    mask: BoxedMask
+    drop: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a format and how to read its objects. Must be picklable.
+
+    ``read_masks(height, width)`` returns the objects in a fixed order, or raises NucleiError.
+    ``modality`` None means: judge by the pixels.
+    """
+
+    image_id: str
+    split: str
+    image: ImageSource
+    read_masks: Callable[[int, int], list[NamedMask]]
+    modality: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a format found: the images, and files it leaves out with the reason for each."""
+
+    records: list[Record]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def datasets_root() -> Path:
+    """``$DETECTRON2_DATASETS``, or ``datasets`` in the working folder, as in Detectron2."""
+    return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser().absolute()
+
+
+def hash_split(image_id: str, val: float = 0.1, test: float = 0.1) -> str:
+    """Split by the id alone, so that it is the same everywhere and new images move no old one.
+
+    The decimal digits of sha256(image_id), read backwards, are a fraction in [0, 1): below
+    ``test`` it is "test", in the next ``val`` "val", else "train". With 0.1 each that is
+    fold = int(sha256, 16) mod 10, with 0 test, 1 val and the others train.
+    """
+    digits = str(int(hashlib.sha256(image_id.encode()).hexdigest(), 16))
+    fraction = float(f"0.{digits[:-10:-1]}")
+    if fraction < test:
+        return "test"
+    return "val" if fraction < test + val else "train"
+
+
+def guess_modality(image: np.ndarray) -> str:
+    """Judge a raw (H, W, C) float32 image by its background, i.e. its median brightness.
+
+    Below 0.4 of full scale: "fluorescence". Else "histology" if it is coloured, "brightfield"
+    if it is grey. Full scale is 255, or the largest pixel if that is more, or 1 if it is
+    at most 1.
+    """
+    largest = float(image.max(initial=0))
+    full_scale = 1.0 if largest <= 1 else max(255.0, largest)
+    if np.median(image.mean(axis=2)) < 0.4 * full_scale:
+        return "fluorescence"
+    colour = (image.max(axis=2) - image.min(axis=2)).mean()
+    return "histology" if colour > 0.01 * full_scale else "brightfield"
+
+
+def prepare(
+    listing: Listing,
+    dataset: str,
+    *,
+    root: Path | None = None,
+    split_rule: str = "",
+    modality: str = "all",
+    by_modality: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write ``<root>/<dataset>/{images,labels,annotations}`` and ``preparation.json``.
+
+    Every file is written atomically and depends on the source alone: a second run gives the
+    same bytes, an interrupted one can be run again.
+
+    Args:
+        listing: what a format found.
+        dataset: folder name and first part of the registered names ``<dataset>_<split>``.
+        root: default :func:`datasets_root`.
+        split_rule: how the split came about, for the accounting. Where an earlier preparation
+            had another one, its annotation files are removed, so that no image can be in two.
+        modality: prepare only images of this one (names then carry it), or "all".
+        by_modality: also write ``<dataset>_<modality>_<split>``.
+        workers: processes; default one per usable core. 1 works in this process.
+        progress: show a progress bar.
+
+    Returns:
+        The accounting, as in preparation.json.
+
+    Raises:
+        NucleiError: an unreadable image or mask, sizes that differ, an id that occurs twice or
+            cannot be a file name, no image at all.
+    """
+    folder = (root or datasets_root()) / check_image_id(dataset)
+    records = _check_records(listing.records, dataset)
+    work = partial(_prepare_image, folder=folder, modality=modality)
+    results = _run_parallel(work, records, workers or _usable_cores(), dataset, progress)
+    images = []
+    for number, result in enumerate(results, start=1):
+        if result is not None:
+            result.entry["id"] = number
+            images.append(result)
+    if not images:
+        raise NucleiError(f"{dataset}: no {modality} image among the {len(records)}")
+    groups = _group(images, dataset, modality, by_modality)
+    _remove_other_split(folder, split_rule, groups)
+    for name, group in groups.items():
+        path = folder / "annotations" / f"{name}.json"
+        write_coco_json(path, [image.entry for image in group], description=name)
+    report = _account(images, listing.skipped)
+    settings = {"dataset": dataset, "split_rule": split_rule, "modality": modality}
+    report = {**settings, "annotations": sorted(groups), **report}
+    write_json(folder / "preparation.json", report)
+    return report
+
+
+def _check_records(records: Sequence[Record], dataset: str) -> list[Record]:
+    if not records:
+        raise NucleiError(f"{dataset}: found no annotated image; look at the expected layout")
+    seen: dict[str, Record] = {}
+    for record in records:
+        check_image_id(record.image_id)
+        other = seen.setdefault(record.image_id.lower(), record)
+        if other is not record:
+            raise NucleiError(
+                f"{record.image} and {other.image} have the same id {record.image_id}; rename one"
+            )
+    return sorted(records, key=lambda record: record.image_id)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _run_parallel(
+    work: Callable[[Record], T], records: list[Record], workers: int, title: str, progress: bool
+) -> list[T]:
+    workers = min(workers, len(records))
+    pool = nullcontext()
+    if workers > 1:
+        # Ctrl-C is for this process, which then stops the others.
+        ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        pool = ProcessPoolExecutor(workers, initializer=ignore)
+    try:
+        with pool:
+            results = pool.map(work, records) if workers > 1 else map(work, records)
+            bar = tqdm(results, title, len(records), unit="image", disable=not progress)
+            return list(bar)
+    except BrokenProcessPool as error:
+        raise NucleiError("a worker was killed (memory?); try again with --workers 1") from error
+
+
+@dataclass
+class _Prepared:
+    """What a worker sends back: the COCO entry with annotations, and the accounting."""
+
+    entry: dict[str, Any]
+    image_id: str
+    split: str
+    found: int
+    dropped: list[dict[str, str]]
+    noted: list[dict[str, str]]
+
+
+def _prepare_image(record: Record, folder: Path, modality: str) -> _Prepared | None:
+    image = record.image.read(read_image)
+    kind = record.modality or guess_modality(image)
+    if modality not in ("all", kind):
+        return None
+    size = image.shape[:2]
+    named = record.read_masks(*size)
+    try:
+        labels, kept, dropped = select_masks(named, size)
+    except NucleiError as error:
+        raise NucleiError(f"{record.image}: {error}") from error
+    overlapping, noted = _note([named[k] for k in kept], size)
+    entry = {
+        "file_name": f"images/{record.image_id}{record.image.suffix}",
+        "height": size[0],
+        "width": size[1],
+        "label_file_name": f"labels/{record.image_id}.png",
+        "modality": kind,
+        "overlaps": overlapping,
+        "annotations": [mask_to_annotation(named[k].mask, size) for k in kept],
+    }
+    with atomic_path(folder / entry["file_name"]) as path:
+        path.write_bytes(record.image.read_bytes())
+    with atomic_path(folder / entry["label_file_name"]) as path:
+        Image.fromarray(labels).save(path)
+    return _Prepared(entry, record.image_id, record.split, len(named), dropped, noted)
+
+
+def select_masks(
+    named: Sequence[NamedMask], size: tuple[int, int]
+) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
+    """Drop what is empty, a duplicate or wholly hidden, and paint the rest.
+
+    Returns:
+        labels: (H, W) uint16; label i + 1 is mask ``kept[i]``
+            (see :func:`~nuclei_d2.data.datasets.coco.masks_to_label_image`).
+        kept: indices into ``named``.
+        dropped: for each other one ``{"mask": its name, "reason": ...}``, and for a duplicate
+            ``"of"``: the name of the earlier one.
+    """
+    drops: dict[int, dict[str, str]] = {}
+    first: dict[tuple, int] = {}
+    for k, (_, boxed, reason) in enumerate(named):
+        if reason or boxed.mask.size == 0:
+            drops[k] = {"reason": reason or EMPTY}
+            continue
+        pixels = (boxed.top, boxed.left, boxed.mask.shape, boxed.mask.tobytes())
+        earlier = first.setdefault(pixels, k)
+        if earlier != k:
+            drops[k] = {"reason": DUPLICATE, "of": named[earlier].name}
+    candidates = [k for k in range(len(named)) if k not in drops]
+    painted = masks_to_label_image([named[k].mask for k in candidates], size)
+    visible = np.bincount(painted.ravel(), minlength=len(candidates) + 1)[1:] > 0
+    drops |= {
+        k: {"reason": HIDDEN} for k, seen in zip(candidates, visible, strict=True) if not seen
+    }
+    renumber = np.concatenate([[0], np.cumsum(visible) * visible]).astype(np.uint16)
+    kept = [k for k in candidates if k not in drops]
+    dropped = [{"mask": named[k].name, **drops[k]} for k in sorted(drops)]
+    return renumber[painted], kept, dropped
+
+
+def _note(named: Sequence[NamedMask], size: tuple[int, int]) -> tuple[bool, list[dict[str, str]]]:
+    """Whether any of these masks overlap, and the remarks on single ones."""
+    cover = np.zeros(size, np.uint16)
+    for _, boxed, _ in named:
+        cover[boxed.window] += boxed.mask
+    overlapping, noted = bool((cover > 1).any()), []
+    for name, boxed, _ in named:
+        if ndimage.label(boxed.mask, _EIGHT_CONNECTED)[1] > 1:
+            noted.append({"mask": name, "reason": FRAGMENTS})
+        if overlapping and (cover[boxed.window][boxed.mask] > 1).any():
+            noted.append({"mask": name, "reason": OVERLAPPING})
+    return overlapping, noted
+
+
+def _group(
+    images: Iterable[_Prepared], dataset: str, modality: str, by_modality: bool
+) -> dict[str, list[_Prepared]]:
+    """Registered name -> its images. Every split has its name, if without images."""
+    images = list(images)
+    kinds = sorted({image.entry["modality"] for image in images}) if by_modality else []
+    prefixes = {f"{dataset}_{kind}": kind for kind in kinds}
+    if modality == "all" or not by_modality:
+        prefixes[dataset] = "all"
+    groups = {}
+    for prefix, kind in prefixes.items():
+        for split in {image.split for image in images}:
+            groups[f"{prefix}_{split}"] = [
+                image
+                for image in images
+                if image.split == split and kind in ("all", image.entry["modality"])
+            ]
+    return groups
+
+
+def _remove_other_split(folder: Path, split_rule: str, names: Iterable[str]) -> None:
+    """Remove the annotations of a preparation that split the images differently."""
+    try:
+        earlier = json.loads((folder / "preparation.json").read_text())
+        stale = [n for n in earlier["annotations"] if earlier["split_rule"] != split_rule]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in set(stale) - set(names):
+        (folder / "annotations" / f"{check_image_id(name)}.json").unlink(missing_ok=True)
+
+
+def _account(images: Sequence[_Prepared], skipped: dict[str, str]) -> dict[str, Any]:
+    splits: dict[str, dict[str, Any]] = {}
+    for image in images:
+        nuclei = len(image.entry["annotations"])
+        row = splits.setdefault(image.split, {"images": 0, "nuclei": 0, "modalities": {}})
+        kind = row["modalities"].setdefault(image.entry["modality"], {"images": 0, "nuclei": 0})
+        for counts in (row, kind):
+            counts["images"] += 1
+            counts["nuclei"] += nuclei
+    dropped = [{"image_id": i.image_id, **entry} for i in images for entry in i.dropped]
+    noted = [{"image_id": i.image_id, **entry} for i in images for entry in i.noted]
+    counts = [len(image.entry["annotations"]) for image in images]
+    return {
+        "images": len(images),
+        "images_without_nuclei": counts.count(0),
+        "images_with_overlaps": sum(image.entry["overlaps"] for image in images),
+        "most_nuclei_in_an_image": max(counts),
+        "splits": {name: splits[name] for name in sorted(splits)},
+        "masks_found": sum(image.found for image in images),
+        "masks_kept": sum(counts),
+        "masks_dropped": dict(Counter(entry["reason"] for entry in dropped)),
+        "masks_noted": dict(Counter(entry["reason"] for entry in noted)),
+        "dropped": dropped,
+        "noted": noted,
+        "skipped": [{"file": name, "reason": skipped[name]} for name in sorted(skipped)],
+    }
+
+
+def accounting_table(report: dict[str, Any]) -> str:
+    """:func:`prepare`'s accounting as text for people."""
+    rows = []
+    for split, counts in report["splits"].items():
+        rows.append([split, "all", counts["images"], counts["nuclei"]])
+        for kind, part in sorted(counts["modalities"].items()):
+            rows.append(["", kind, part["images"], part["nuclei"]])
+    splits = tabulate(rows, ["split", "modality", "images", "nuclei"])
+    rows = [["found", report["masks_found"]], ["= kept", report["masks_kept"]]]
+    rows += [[f"+ dropped: {why}", count] for why, count in report["masks_dropped"].items()]
+    rows += [[f"kept, noted: {why}", count] for why, count in report["masks_noted"].items()]
+    masks = tabulate(rows, ["masks", "count"])
+    lines = [splits, "", masks, ""]
+    if report["skipped"]:
+        lines.append(f"{len(report['skipped'])} files left out, listed in preparation.json")
+    empty = [split for split in SPLITS if split not in report["splits"]]
+    if empty:
+        lines.append(f"no image in {', '.join(empty)}")
+    lines.append(f"most nuclei in an image: {report['most_nuclei_in_an_image']}")
+    return "\n".join(lines)
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Parser with the options that every prepare script has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--root", type=Path, help="output root; default $DETECTRON2_DATASETS, else ./datasets"
+    )
+    parser.add_argument("--workers", type=int, help="processes; default one per usable core")
+    return parser
+
+
+def run(listing: Listing, dataset: str, args: argparse.Namespace, **options) -> None:
+    """:func:`prepare` with the parsed options, then print the accounting."""
+    if args.workers is not None and args.workers < 1:
+        raise NucleiError(f"--workers is {args.workers}; it counts processes, from 1")
+    report = prepare(listing, dataset, root=args.root, workers=args.workers, **options)
+    print(accounting_table(report))
+    print(f"written to {(args.root or datasets_root()) / dataset}")
