@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ConvTranspose2d, ShapeSpec, get_norm
-from detectron2.modeling.poolers import ROIPooler
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
 from detectron2.structures import Instances
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nuclei_d2.layers.boundary import crop_masks_and_boundaries
+from nuclei_d2.layers.roi_align import SmallROIPooler
+from nuclei_d2.layers.upsample import UpsamplePredictor
 from nuclei_d2.modeling.losses import bce_loss, boundary_dice_loss
 from nuclei_d2.utils.errors import NucleiError
 
@@ -104,8 +105,8 @@ class BoundaryMaskHead(nn.Module):
         self.boundary_convs = nn.Sequential(*(conv() for _ in range(num_boundary_conv)))
         self.boundary_to_mask = conv(kernel_size=1)
         self.mask_fusion = conv()
-        self.mask_predictor = _upsample_and_predict(conv_dim, num_classes)
-        self.boundary_predictor = _upsample_and_predict(conv_dim, num_classes)
+        self.mask_predictor = UpsamplePredictor(conv_dim, conv_dim, num_classes)
+        self.boundary_predictor = UpsamplePredictor(conv_dim, conv_dim, num_classes)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -114,12 +115,11 @@ class BoundaryMaskHead(nn.Module):
         mask_in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
         boundary_in_features = head.BOUNDARY.IN_FEATURES
 
-        def pooler(in_features: Sequence[str], resolution: int) -> ROIPooler:
-            return ROIPooler(
+        def pooler(in_features: Sequence[str], resolution: int) -> SmallROIPooler:
+            return SmallROIPooler(
                 output_size=resolution,
                 scales=[1.0 / input_shape[name].stride for name in in_features],
                 sampling_ratio=head.POOLER_SAMPLING_RATIO,
-                pooler_type="ROIAlignV2",
             )
 
         return {
@@ -170,7 +170,9 @@ class BoundaryMaskHead(nn.Module):
             mask_features: (N, C, R, R).
             boundary_features: (N, C, 2R, 2R).
         """
-        mask = self.mask_convs(mask_features)
+        # Convolutions and UpsamplePredictor are fastest with the channels last in memory.
+        mask = self.mask_convs(mask_features.contiguous(memory_format=torch.channels_last))
+        boundary_features = boundary_features.contiguous(memory_format=torch.channels_last)
         boundary = self.boundary_downsample(boundary_features) + self.mask_to_boundary(mask)
         boundary = self.boundary_convs(boundary)
         mask = self.mask_fusion(self.boundary_to_mask(boundary) + mask)
@@ -239,16 +241,6 @@ def _check_config(cfg: CfgNode) -> None:
             f"MODEL.ROI_MASK_HEAD.BOUNDARY.IN_FEATURES {sorted(missing)} must be among "
             f"MODEL.ROI_HEADS.IN_FEATURES {list(cfg.MODEL.ROI_HEADS.IN_FEATURES)}"
         )
-
-
-def _upsample_and_predict(conv_dim: int, num_classes: int) -> nn.Sequential:
-    """(N, conv_dim, R, R) -> logits (N, num_classes, 2R, 2R)."""
-    deconv = ConvTranspose2d(conv_dim, conv_dim, kernel_size=2, stride=2)
-    predictor = Conv2d(conv_dim, num_classes, kernel_size=1)
-    weight_init.c2_msra_fill(deconv)
-    nn.init.normal_(predictor.weight, std=0.001)
-    nn.init.zeros_(predictor.bias)
-    return nn.Sequential(deconv, nn.ReLU(), predictor)
 
 
 def _select_class(logits: Tensor, classes: Tensor) -> Tensor:

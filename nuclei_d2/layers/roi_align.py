@@ -1,0 +1,98 @@
+"""ROIAlign for small objects, fast on CPUs."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.layers import ROIAlign
+from detectron2.modeling.poolers import ROIPooler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SmallROIAlign(ROIAlign):
+    """:class:`detectron2.layers.ROIAlign` (aligned), several times faster on CPUs for small boxes.
+
+    Same results up to float rounding. Where a box has bins no wider than a feature pixel, as
+    nuclei do, adaptive sampling takes one bilinear sample per bin: a weighted sum of four feature
+    vectors. ``embedding_bag`` adds whole vectors; ROIAlign's CPU kernel goes channel by channel.
+    All other boxes, and other devices, take the kernel.
+    """
+
+    def __init__(self, output_size: int, spatial_scale: float, sampling_ratio: int):
+        """
+        Args:
+            output_size: bins along a side.
+            spatial_scale: feature pixels per image pixel.
+            sampling_ratio: samples along a side of a bin; 0: adaptive, one per feature pixel.
+        """
+        super().__init__((output_size, output_size), spatial_scale, sampling_ratio, aligned=True)
+
+    def forward(self, features: Tensor, rois: Tensor) -> Tensor:
+        """
+        Args:
+            features: (B, C, H, W) float32.
+            rois: (N, 5) float32: index into B, then XYXY in image pixels.
+
+        Returns:
+            (N, C, output_size, output_size) float32.
+        """
+        bins = (rois[:, 3:] - rois[:, 1:3]) * self.spatial_scale / self.output_size[0]
+        single = ((bins > 0) & (bins <= 1)).all(dim=1) & (self.sampling_ratio == 0)
+        if features.device.type != "cpu" or not single.any():
+            return super().forward(features, rois)
+        if single.all():
+            return self._sample_bin_centres(features, rois)
+        output = features.new_empty(len(rois), features.shape[1], *self.output_size)
+        output[single] = self._sample_bin_centres(features, rois[single])
+        output[~single] = super().forward(features, rois[~single])
+        return output
+
+    def _sample_bin_centres(self, features: Tensor, rois: Tensor) -> Tensor:
+        _, channels, height, width = features.shape
+        size = self.output_size[0]
+        x, x_weights = self._neighbours(rois[:, 1], rois[:, 3], width)
+        y, y_weights = self._neighbours(rois[:, 2], rois[:, 4], height)
+        rows = rois[:, 0].long()[:, None, None] * height + y
+        # (N, row, column, upper or lower neighbour, left or right neighbour)
+        indices = rows[:, :, None, :, None] * width + x[:, None, :, None, :]
+        weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
+        vectors = features.permute(0, 2, 3, 1).reshape(-1, channels)
+        output = F.embedding_bag(
+            indices.view(-1, 4), vectors, per_sample_weights=weights.view(-1, 4), mode="sum"
+        )
+        return output.view(len(rois), size, size, channels).permute(0, 3, 1, 2)
+
+    def _neighbours(self, start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Feature pixels on both sides of each bin centre along one axis, and their weights.
+
+        Args:
+            start, end: (N,) sides of the boxes, in image pixels.
+            length: feature pixels along the axis.
+
+        Returns:
+            Indices, int64, and weights, float, both (N, bins, 2).
+        """
+        centres = (torch.arange(self.output_size[0]) + 0.5) / self.output_size[0]
+        # Half a pixel less: the centre of feature pixel i lies at i + 0.5.
+        start, end = start[:, None] * self.spatial_scale, end[:, None] * self.spatial_scale
+        position = start + (end - start) * centres - 0.5
+        # As in ROIAlign, the edge pixels reach half a pixel out, and all beyond is zero.
+        inside = (position >= -1) & (position <= length)
+        position = position.clamp(0, length - 1)
+        lower = position.floor()
+        upper_weight = position - lower
+        lower = lower.long()
+        indices = torch.stack([lower, (lower + 1).clamp(max=length - 1)], dim=2)
+        weights = torch.stack([1 - upper_weight, upper_weight], dim=2)
+        return indices, weights * inside[:, :, None]
+
+
+class SmallROIPooler(ROIPooler):
+    """:class:`detectron2.modeling.poolers.ROIPooler` of type ROIAlignV2 on SmallROIAlign."""
+
+    def __init__(self, output_size: int, scales: Sequence[float], sampling_ratio: int):
+        """Arguments as for :class:`ROIPooler`."""
+        super().__init__(output_size, scales, sampling_ratio, "ROIAlignV2")
+        self.level_poolers = nn.ModuleList(
+            SmallROIAlign(output_size, scale, sampling_ratio) for scale in scales
+        )
