@@ -3,15 +3,38 @@
 A field is drawn the way a camera sees it: shapes are placed one by one, rendered with chromatin
 texture, blurred by the optics, laid over an uneven background and exposed with shot and read
 noise. The ground truth is the shape before blur and noise, so it is exact.
+
+:func:`load_synthetic` writes such fields once, as the data sets ``synthetic_{train,val,test}``.
 """
 
+import hashlib
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import tifffile
+from iopath.common.file_io import file_lock
+from PIL import Image
 from scipy import ndimage
+from tqdm import tqdm
 
+from nuclei_d2.data.datasets.coco import (
+    box_mask,
+    load_nuclei_json,
+    mask_to_annotation,
+    masks_to_label_image,
+    write_coco_json,
+)
+from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import write_json
+
+SPLITS = {"train": 160, "val": 24, "test": 40}  # images
 _ANGLES = 128  # directions in which an outline is tabulated
 _MIN_AREA = 12  # pixels; a nucleus of which less is visible is taken away again
 _TRIES = 24  # places tried for one nucleus before it is left out
@@ -339,3 +362,101 @@ def _expose(rng: np.random.Generator, config: SyntheticConfig, light: np.ndarray
     return np.clip(np.round(grey), 0, full_scale).astype(
         np.uint8 if config.bits <= 8 else np.uint16
     )
+
+
+# -------------------------------------------------------------------------- data set
+
+
+def load_synthetic(split: str) -> list[dict[str, Any]]:
+    """Dataset dicts of "train", "val" or "test"; the first call draws all three.
+
+    They lie in ``$DETECTRON2_DATASETS/synthetic`` in the layout of every prepared set, and are
+    drawn again when this module has changed. Several processes may call this at once.
+
+    Raises:
+        NucleiError: there is no such split, the folder cannot be written, or holds other data.
+    """
+    if split not in SPLITS:
+        raise NucleiError(f"no synthetic split {split!r}; valid: {', '.join(SPLITS)}")
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "synthetic")
+    fingerprint = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    try:
+        if _fingerprint(root) != fingerprint:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(str(root)):
+                if _fingerprint(root) != fingerprint:  # another process may have been first
+                    _write_all(root, fingerprint)
+    except OSError as error:
+        raise NucleiError(
+            f"cannot write {root}: {error.strerror or error}; set DETECTRON2_DATASETS elsewhere"
+        ) from error
+    name = f"synthetic_{split}"
+    return load_nuclei_json(root / "annotations" / f"{name}.json", root, name)
+
+
+def _fingerprint(root: Path) -> str | None:
+    try:
+        return json.loads((root / "preparation.json").read_text())["generator"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write_all(root: Path, fingerprint: str) -> None:
+    """Fill a temporary folder, then put it in place: ``root`` is complete or not there."""
+    if root.exists() and _fingerprint(root) is None:
+        raise NucleiError(f"{root} holds data of another origin; rename or remove that folder")
+    temporary, old = root.with_name(f".{root.name}.tmp"), root.with_name(f".{root.name}.old")
+    for folder in (temporary, old):  # left by an interrupted call
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in ("images", "labels", "annotations"):
+        (temporary / folder).mkdir(parents=True)
+    summary = {}
+    with tqdm(total=sum(SPLITS.values()), desc="drawing synthetic images") as progress:
+        for number, (split, count) in enumerate(SPLITS.items()):
+            entries = []
+            for index in range(count):
+                entries.append(_write_field(temporary, split, index, seed=(number, index)))
+                progress.update()
+            name = f"synthetic_{split}"
+            write_coco_json(temporary / "annotations" / f"{name}.json", entries, name)
+            summary[name] = {
+                "images": count,
+                "annotations": sum(len(entry["annotations"]) for entry in entries),
+            }
+    write_json(temporary / "preparation.json", {"generator": fingerprint, "splits": summary})
+    if root.exists():
+        root.rename(old)
+    temporary.rename(root)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_field(root: Path, split: str, index: int, seed: tuple[int, int]) -> dict[str, Any]:
+    """Draw and write one image with its labels; returns its COCO entry with annotations."""
+    rng = np.random.default_rng(seed)
+    config = SyntheticConfig(
+        # Fixed shares instead of chance, so that every split has some of each.
+        bits=16 if index % 8 == 3 else 8,
+        empty=1.0 if index % 20 == 7 else 0.0,
+        crowding=rng.uniform(0, 0.8),
+    )
+    image, labels = generate(rng, config)
+    size = image.shape
+    masks = [box_mask(mask) for mask in layered_masks(labels)]
+    image_id = f"{split}_{index:03}"
+    image_name = f"images/{image_id}.{'tif' if config.bits > 8 else 'png'}"
+    label_name = f"labels/{image_id}.png"
+    if config.bits > 8:
+        tifffile.imwrite(root / image_name, image)
+    else:
+        Image.fromarray(image).save(root / image_name)
+    Image.fromarray(masks_to_label_image(masks, size)).save(root / label_name)
+    return {
+        "id": index + 1,
+        "file_name": image_name,
+        "height": size[0],
+        "width": size[1],
+        "label_file_name": label_name,
+        "modality": "fluorescence",
+        "overlaps": bool(labels[1].any()),
+        "annotations": [mask_to_annotation(mask, size) for mask in masks],
+    }

@@ -1,12 +1,25 @@
 import dataclasses
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from scipy import ndimage
 
+from nuclei_d2.data.datasets import synthetic
 from nuclei_d2.data.datasets.statistics import find_touching
-from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate, layered_masks
+from nuclei_d2.data.datasets.synthetic import (
+    SyntheticConfig,
+    generate,
+    layered_masks,
+    load_synthetic,
+)
+from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.utils.errors import NucleiError
 
 FULL = SyntheticConfig(empty=0.0, count=(40, 40), diameter=(18.0, 18.0))
 
@@ -94,3 +107,88 @@ def test_speed(config, seconds):
     elapsed = time.process_time() - start
     assert labels.max() > 0.95 * config.count[0]
     assert elapsed < 3 * seconds  # machines differ; a slip to full-frame work costs far more
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Where a small synthetic set will be written."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(synthetic, "SPLITS", {"train": 9, "val": 3, "test": 4})
+    return tmp_path / "synthetic"
+
+
+def test_loaded_splits_agree_with_their_files(root):
+    records = load_synthetic("train")
+    assert len(records) == 9
+    assert [len(load_synthetic(split)) for split in ("val", "test")] == [3, 4]
+    assert len({record["file_name"] for record in records}) == 9
+    assert not records[7]["annotations"]  # one in twenty is empty
+    for record in records:
+        image, labels = read_image(record["file_name"]), read_label(record["label_file_name"])
+        assert image.shape == (record["height"], record["width"], 1)
+        rles = [annotation["segmentation"] for annotation in record["annotations"]]
+        assert labels.max() == len(rles)
+        masks = [mask_util.decode(rle).astype(bool) for rle in rles]
+        for k, mask in enumerate(masks, start=1):
+            assert mask[labels == k].all()
+            assert record["overlaps"] or np.array_equal(mask, labels == k)
+        assert record["overlaps"] == bool(masks and (np.sum(masks, axis=0) > 1).any())
+    assert read_image(records[3]["file_name"]).max() > 255  # one in eight has 16 bits
+    assert any(record["overlaps"] for record in records)
+
+
+def test_set_is_drawn_once_and_the_same_everywhere(root, tmp_path, monkeypatch):
+    path = load_synthetic("val")[0]["file_name"]
+    written = Path(path).stat().st_mtime_ns
+    assert Path(load_synthetic("val")[0]["file_name"]).stat().st_mtime_ns == written
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
+    other = load_synthetic("val")[0]["file_name"]
+    assert other != path
+    assert np.array_equal(read_image(other), read_image(path))
+    train, test = load_synthetic("train"), load_synthetic("test")
+    assert not np.array_equal(read_image(train[0]["file_name"]), read_image(test[0]["file_name"]))
+
+
+def test_changed_generator_draws_again(root):
+    load_synthetic("val")
+    stamp = root / "preparation.json"
+    content = json.loads(stamp.read_text())
+    stamp.write_text(json.dumps({**content, "generator": "older"}))
+    (root / "images" / "val_000.png").unlink()
+    load_synthetic("val")
+    assert (root / "images" / "val_000.png").exists()
+    assert json.loads(stamp.read_text()) == content
+    assert sorted(p.name for p in root.parent.iterdir()) == ["synthetic", "synthetic.lock"]
+
+
+def test_data_of_another_origin_are_left_alone(root):
+    root.mkdir()
+    (root / "mine.txt").write_text("precious")
+    with pytest.raises(NucleiError, match="another origin"):
+        load_synthetic("train")
+    assert (root / "mine.txt").read_text() == "precious"
+
+
+def test_unknown_split(root):
+    with pytest.raises(NucleiError, match="valid: train, val, test"):
+        load_synthetic("tset")
+
+
+def test_unwritable_folder_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "file"))
+    with pytest.raises(NucleiError, match="set DETECTRON2_DATASETS"):
+        load_synthetic("train")
+
+
+def test_two_processes_at_once(root):
+    script = (
+        "from nuclei_d2.data.datasets import synthetic\n"
+        "synthetic.SPLITS = {'train': 9, 'val': 3, 'test': 4}\n"
+        "print(sum(len(r['annotations']) for r in synthetic.load_synthetic('train')))"
+    )
+    command = [sys.executable, "-c", script]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    counts = [int(worker.communicate()[0].split()[-1]) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert counts[0] == counts[1] == sum(len(r["annotations"]) for r in load_synthetic("train"))
