@@ -175,7 +175,10 @@ def load_nuclei_json(
     content = read_coco_json(json_file)
     extras = {image["id"]: image for image in content["images"]}
     root = Path(image_root).absolute()
-    dataset_dicts = load_coco_json(str(json_file), str(root))
+    try:
+        dataset_dicts = load_coco_json(str(json_file), str(root))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise NucleiError(f"{json_file}: no COCO instance JSON ({error})") from error
     for record in dataset_dicts:
         extra = extras[record["image_id"]]
         if "label_file_name" in extra:

@@ -400,6 +400,36 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the formats that bring no split of their own."""
+    parser.add_argument("--name", required=True, help="registered as NAME_train, NAME_val, ...")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--split", default="0.8/0.1/0.1", help="shares of train/val/test, drawn by hash of the id"
+    )
+    group.add_argument("--all-to", choices=SPLITS, help="put every image into one split")
+    parser.add_argument("--modality", choices=MODALITIES, help="default: judged for each image")
+
+
+def parse_split(args: argparse.Namespace) -> tuple[Callable[[str], str], str]:
+    """The split that :func:`add_split_arguments` asks for, as image id -> split, and in words.
+
+    Raises:
+        NucleiError: the shares are no three numbers that add up to 1.
+    """
+    if args.all_to:
+        return lambda image_id: args.all_to, f"all to {args.all_to}"
+    try:
+        train, val, test = map(float, args.split.split("/"))
+        valid = min(train, val, test) >= 0 and abs(train + val + test - 1) < 1e-6
+    except ValueError:
+        valid = False
+    if not valid:
+        raise NucleiError(f"--split is {args.split!r}; give three shares such as 0.8/0.1/0.1")
+    rule = f"by sha256 of the image id, train/val/test {train:g}/{val:g}/{test:g}"
+    return partial(hash_split, val=val, test=test), rule
+
+
 def run(listing: Listing, dataset: str, args: argparse.Namespace, **options) -> None:
     """:func:`prepare` with the parsed options, then print the accounting."""
     if args.workers is not None and args.workers < 1:

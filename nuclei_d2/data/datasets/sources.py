@@ -1,4 +1,4 @@
-"""Files of a data set as its authors deliver it: in a folder, or in a zip that is never unpacked."""
+"""Files of a data set as its authors deliver it: a folder, or a zip that is never unpacked."""
 
 import os
 import re
@@ -91,6 +91,12 @@ def list_files(root: str | os.PathLike) -> list[SourceFile]:
         raise NucleiError(f"no folder or zip {root}; name the downloaded or unpacked data")
     visible = [n for n in names if not any(p.startswith((".", "__MACOSX")) for p in n.split("/"))]
     return [SourceFile(str(root), name) for name in sorted(visible)]
+
+
+def image_stem(name: str) -> str:
+    """File name, as a list or table gives it, without folders and image suffix."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
 
 
 def list_images(root: str | os.PathLike) -> list[SourceFile]:

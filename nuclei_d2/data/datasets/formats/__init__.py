@@ -1,6 +1,7 @@
-"""The formats that nuclei data sets come in: each function lists a data set's records.
+"""The formats that nuclei data sets come in.
 
-``bbbc039(source)`` and its like return a :class:`~nuclei_d2.data.datasets.prepare.Listing`.
+Each ``list_*`` function returns a :class:`~nuclei_d2.data.datasets.prepare.Listing`: the images
+with their ids and splits, and how to read their masks.
 """
 
 from nuclei_d2.data.datasets.formats.bbbc039 import list_bbbc039

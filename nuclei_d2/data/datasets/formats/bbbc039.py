@@ -9,7 +9,7 @@ from functools import partial
 
 from nuclei_d2.data.datasets.formats.readers import read_coloured_file
 from nuclei_d2.data.datasets.prepare import Listing, Record
-from nuclei_d2.data.datasets.sources import list_files
+from nuclei_d2.data.datasets.sources import image_stem, list_files
 from nuclei_d2.utils.errors import NucleiError
 
 SPLIT_RULE = "official lists in metadata/"
@@ -38,7 +38,7 @@ def list_bbbc039(source: str | os.PathLike) -> Listing:
             raise NucleiError(f"{source}: no metadata/{list_name}; unpack metadata.zip there too")
         lines = folders["metadata"][list_name].read_bytes().decode("utf-8", "replace").split()
         for line in lines:
-            image_id = os.path.splitext(line)[0]
+            image_id = image_stem(line)
             if listed.setdefault(image_id, list_name) != list_name:
                 raise NucleiError(f"{source}: {line} is in {listed[image_id]} and {list_name}")
             listing.records.append(_record(source, folders, image_id, split))

@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from nuclei_d2.data.datasets.formats.readers import read_mask_files
 from nuclei_d2.data.datasets.prepare import Listing, Record, hash_split
@@ -50,9 +51,7 @@ def _add_record(
     if len(parts["images"]) != 1:
         raise NucleiError(f"{where}/images holds {len(parts['images'])} images instead of one")
     image_id, image = folder[-1], parts["images"][0]
-    is_stage1_test = any(
-        _STAGE1_TEST in part for part in (os.path.basename(folder[0]), *folder[1:])
-    )
+    is_stage1_test = any(_STAGE1_TEST in part for part in (Path(folder[0]).name, *folder[1:]))
     if is_stage1_test and not parts["masks"]:
         listing.skipped[str(image)] = "no masks"
         return

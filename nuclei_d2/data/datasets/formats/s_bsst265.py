@@ -11,7 +11,7 @@ from functools import partial
 
 from nuclei_d2.data.datasets.formats.readers import read_label_file
 from nuclei_d2.data.datasets.prepare import Listing, Record, hash_split
-from nuclei_d2.data.datasets.sources import SourceFile, list_files
+from nuclei_d2.data.datasets.sources import SourceFile, image_stem, list_files
 from nuclei_d2.utils.errors import NucleiError
 
 SPLIT_RULE = "official test set; val is the training images with int(sha256(id), 16) mod 10 = 1"
@@ -67,5 +67,5 @@ def _read_splits(table: SourceFile) -> dict[str, str]:
             continue
         if not split.startswith(("train", "test")):
             raise NucleiError(f"{table}: split of {name} is {split!r}, neither train nor test")
-        splits[os.path.splitext(name)[0]] = "test" if split.startswith("test") else "train"
+        splits[image_stem(name)] = "test" if split.startswith("test") else "train"
     return splits
