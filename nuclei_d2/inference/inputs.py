@@ -1,0 +1,60 @@
+"""Which images a command-line tool was asked to work on, and what it calls their results."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from nuclei_d2.data.datasets.sources import IMAGE_SUFFIXES
+from nuclei_d2.utils.errors import NucleiError
+
+
+def find_images(words: Sequence[str]) -> list[Path]:
+    """The image files that files, folders and quoted glob patterns stand for, without repeats.
+
+    A folder stands for the visible images directly in it, judged by :data:`IMAGE_SUFFIXES`, a file
+    for itself whatever its name. ``**`` in a pattern matches any depth.
+
+    Raises:
+        NucleiError: a word that stands for no file.
+    """
+    found: dict[Path, Path] = {}
+    for word in words:
+        for path in _expand(word):
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _expand(word: str) -> list[Path]:
+    path = Path(word)
+    if path.is_dir():
+        paths = [p for p in sorted(path.iterdir()) if is_image_name(p)]
+        if not paths:
+            raise NucleiError(f"no images in {word} (looked for {', '.join(IMAGE_SUFFIXES)})")
+        return paths
+    if path.exists():  # before the pattern: a file may be called cells[1].png
+        return [path]
+    paths = [p for p in map(Path, sorted(glob.glob(word, recursive=True))) if p.is_file()]  # noqa: PTH207
+    if not paths:
+        raise NucleiError(f"no file, folder or pattern of files: {word}")
+    return paths
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether a file in a folder counts as an image, judged by its name."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def unique_stems(paths: Sequence[Path]) -> list[str]:
+    """The files' stems, each numbered (``cells_2``) where an earlier one has taken it.
+
+    Upper and lower case count as the same, as they do on some file systems.
+    """
+    stems, taken = [], set()
+    for path in paths:
+        stem, number = path.stem, 1
+        while stem.lower() in taken:
+            number += 1
+            stem = f"{path.stem}_{number}"
+        taken.add(stem.lower())
+        stems.append(stem)
+    return stems

@@ -1,0 +1,260 @@
+"""Pictures for eyes and papers: contours of nuclei, boundary maps, panels with titles.
+
+Pictures are (H, W, 3) uint8 RGB. Every function returns a new one.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from skimage.measure import find_contours
+
+from nuclei_d2.data.image_io import normalize
+from nuclei_d2.structures.label_masks import LabelMasks
+
+# After Okabe & Ito, "Color Universal Design" (2008): distinct for colour-blind readers too. Black
+# is left out, orange (too close to vermilion on thin lines) as well, and the dark ones are lighter.
+PALETTE = np.array(
+    [
+        (240, 228, 66),  # yellow
+        (86, 180, 233),  # sky blue
+        (235, 95, 25),  # vermilion
+        (0, 200, 140),  # bluish green
+        (235, 135, 200),  # reddish purple
+        (85, 110, 255),  # blue
+    ],
+    np.uint8,
+)
+_MIN_SIDE = 1000  # pixels of a picture's longer side, if enlarging by an integer gets there
+_NEIGHBOUR_DISTANCE = 6  # pixels between the boxes of two nuclei that need different colours
+_SUBPIXEL_BITS = 4  # fractional bits of OpenCV's drawing coordinates
+
+
+def stretch(image: np.ndarray, **settings) -> np.ndarray:
+    """Contrast-stretch a raw image for display, exactly as the network sees it.
+
+    Args:
+        image: (H, W, 1 or 3) float32 raw grey levels (grey or RGB).
+        settings: see :func:`nuclei_d2.data.image_io.normalize`.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    stretched = np.rint(normalize(image, **settings)).astype(np.uint8)
+    return np.broadcast_to(stretched, (*image.shape[:2], 3)).copy()
+
+
+def enlargement(height: int, width: int) -> int:
+    """The integer factor that makes a small image large enough for crisp contours; 1 for large."""
+    return max(1, -(-_MIN_SIDE // max(height, width, 1)))
+
+
+def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
+    """Enlarge a picture (H, W, 3) by an integer, bicubically, to (factor H, factor W, 3)."""
+    if factor == 1 or picture.size == 0:
+        return picture.copy()
+    return cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+
+
+def draw_contours(
+    picture: np.ndarray,
+    masks: torch.Tensor | np.ndarray | LabelMasks,
+    colors: np.ndarray | None = None,
+    *,
+    line_width: float | None = None,
+    fill_alpha: float = 0.0,
+    factor: int | None = None,
+) -> np.ndarray:
+    """Enlarge ``picture`` and draw the outline of every nucleus in it, anti-aliased.
+
+    A line runs inside its nucleus, along the edge of its pixels, so two nuclei that touch keep a
+    line each.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        masks: bool (N, H, W), or a label image (H, W) of integers with 0 as background, or
+            :class:`LabelMasks`. Nuclei may overlap: later ones are drawn over earlier ones.
+        colors: (N, 3) uint8, in the masks' order (of labels: ascending); None: see
+            :func:`neighbour_colors`.
+        line_width: pixels of the enlarged picture, in steps of 1/2; None: by ``factor``.
+        fill_alpha: opacity of the interior, 0..1.
+        factor: enlargement; None: :func:`enlargement` of the picture's size.
+
+    Returns:
+        (factor H, factor W, 3) uint8.
+
+    Raises:
+        ValueError: masks of another size than the picture.
+    """
+    height, width = picture.shape[:2]
+    crops = _to_crops(masks, (height, width))
+    if colors is None:
+        colors = neighbour_colors(np.array([crop.box for crop in crops]).reshape(-1, 4))
+    factor = factor or enlargement(height, width)
+    if line_width is None:
+        line_width = 1.0 + 0.25 * (factor - 1)
+    drawing = enlarge(picture, factor)
+    for crop, color in zip(crops, colors, strict=True):
+        if crop.mask.size:
+            _blend(drawing, crop, color, factor, line_width, fill_alpha)
+    return drawing
+
+
+def neighbour_colors(boxes: np.ndarray) -> np.ndarray:
+    """Colours of :data:`PALETTE` in which nuclei close to each other differ.
+
+    Greedy colouring in the order of the boxes: each takes the colour that is rarest among its
+    neighbours, then rarest so far.
+
+    Args:
+        boxes: (N, 4) x1, y1, x2, y2 in pixels.
+
+    Returns:
+        (N, 3) uint8.
+    """
+    chosen = np.zeros(len(boxes), np.intp)
+    lower, upper = boxes[:, :2], boxes[:, 2:] + _NEIGHBOUR_DISTANCE
+    used = np.zeros(len(PALETTE), np.intp)
+    for i in range(len(boxes)):
+        near = ((lower[:i] < upper[i]) & (lower[i] < upper[:i])).all(axis=1)
+        around = np.bincount(chosen[:i][near], minlength=len(PALETTE))
+        chosen[i] = np.lexsort((used, around))[0]
+        used[chosen[i]] += 1
+    return PALETTE[chosen]
+
+
+def draw_boundaries(
+    boundaries: torch.Tensor | np.ndarray, colormap: str = "inferno", factor: int | None = None
+) -> np.ndarray:
+    """A heat map of the predicted boundary: at each pixel the largest value of all nuclei.
+
+    Args:
+        boundaries: (N, H, W) uint8, probability x 255, as in ``Instances.pred_boundaries``.
+        colormap: a perceptually uniform colour map of matplotlib.
+        factor: enlargement; None: :func:`enlargement` of the map's size.
+
+    Returns:
+        (factor H, factor W, 3) uint8; 0 and 255 are the ends of the colour map.
+    """
+    boundaries = torch.as_tensor(boundaries)
+    height, width = boundaries.shape[1:]
+    highest = torch.zeros((height, width), dtype=torch.uint8)
+    if len(boundaries):
+        highest = boundaries.amax(dim=0).cpu()
+    colors = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
+    # Values are enlarged before they are coloured: mixed colours would lie off the colour map.
+    return colors[enlarge(highest.numpy(), factor or enlargement(height, width))]
+
+
+def panel(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Put pictures side by side on white, tops aligned, each below its title.
+
+    Args:
+        pictures: (title, (H, W, 3) uint8) each.
+    """
+    tallest = max(picture.shape[0] for _, picture in pictures)
+    font = ImageFont.load_default(max(14, tallest // 36))
+    gap, top = 12, round(1.7 * font.size)
+    columns = [max(image.shape[1], round(font.getlength(title))) + gap for title, image in pictures]
+    canvas = Image.new("RGB", (sum(columns) - gap, top + tallest), "white")
+    pen, left = ImageDraw.Draw(canvas), 0
+    for (title, picture), column in zip(pictures, columns, strict=True):
+        pen.text((left, top // 2), title, "black", font, anchor="lm")
+        canvas.paste(Image.fromarray(picture), (left, top))
+        left += column
+    return np.array(canvas)
+
+
+class _Crop(NamedTuple):
+    """One nucleus: its box (x1, y1, x2, y2) in the image and its bool mask (y2-y1, x2-x1) there."""
+
+    box: tuple[int, int, int, int]
+    mask: np.ndarray
+
+
+def _to_crops(
+    masks: torch.Tensor | np.ndarray | LabelMasks, image_size: tuple[int, int]
+) -> list[_Crop]:
+    """Whatever the masks come as, one crop per nucleus: nothing after this touches full frames."""
+    size = masks.image_size if isinstance(masks, LabelMasks) else masks.shape[-2:]
+    if tuple(size) != image_size:
+        raise ValueError(f"masks of size {tuple(size)} for a picture of size {image_size}")
+    if isinstance(masks, LabelMasks):
+        layers = [_crops_of_labels(layer) for layer in masks.labels.cpu().numpy()]
+        owners = zip(masks.layers.tolist(), masks.ids.tolist(), strict=True)
+        return [layers[layer].get(label, _EMPTY) for layer, label in owners]
+    masks = np.asarray(masks.cpu() if isinstance(masks, torch.Tensor) else masks)
+    if masks.ndim == 2:
+        return list(_crops_of_labels(masks).values())
+    return [_crop_of_mask(mask) for mask in np.ascontiguousarray(masks, bool)]
+
+
+_EMPTY = _Crop((0, 0, 0, 0), np.zeros((0, 0), bool))
+
+
+def _crop_of_mask(mask: np.ndarray) -> _Crop:
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return _Crop((x, y, x + width, y + height), mask[y : y + height, x : x + width])
+
+
+def _crops_of_labels(labels: np.ndarray) -> dict[int, _Crop]:
+    """{label: its crop}, ascending."""
+    values, dense = np.unique(labels, return_inverse=True)
+    if values.size and values[0] != 0:  # no background
+        values, dense = np.insert(values, 0, 0), dense + 1
+    dense = dense.reshape(labels.shape).astype(np.int32)
+    crops = {}
+    for k, (rows, columns) in enumerate(ndimage.find_objects(dense), start=1):
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        crops[int(values[k])] = _Crop(box, dense[rows, columns] == k)
+    return crops
+
+
+def _blend(
+    drawing: np.ndarray,
+    crop: _Crop,
+    color: np.ndarray,
+    factor: int,
+    line_width: float,
+    fill_alpha: float,
+) -> None:
+    """Draw one nucleus into ``drawing``, in place."""
+    outlines = _outlines(crop.mask, factor)
+    inside = np.zeros([side * factor for side in crop.mask.shape], np.uint8)
+    line = inside.copy()
+    cv2.fillPoly(inside, outlines, 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+    # The inner half of a line of twice the width.
+    thickness = max(1, round(2 * line_width))
+    cv2.polylines(line, outlines, True, 255, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
+    opacity = np.minimum(inside, np.maximum(line, fill_alpha * inside)) / np.float32(255)
+    left, top, right, bottom = (factor * edge for edge in crop.box)
+    region = drawing[top:bottom, left:right]
+    region[:] = np.rint(region + opacity[:, :, None] * (color - region.astype(np.float32)))
+
+
+def _outlines(mask: np.ndarray, factor: int) -> list[np.ndarray]:
+    """Closed polygons of the mask's edge in fixed-point pixels of the enlarged crop."""
+    outlines = []
+    for outline in find_contours(np.pad(mask, 1).astype(np.float32), 0.5):
+        points = _round_corners(outline[:-1, ::-1])
+        points = (points - 0.5) * factor - 0.5  # the padding's pixel 1 is the crop's pixel 0
+        outlines.append(np.rint(points * (1 << _SUBPIXEL_BITS)).astype(np.int32))
+    return outlines
+
+
+def _round_corners(points: np.ndarray) -> np.ndarray:
+    """Turn the stairs of pixels into a smooth closed line, a quartic B-spline.
+
+    Two rounds of subdivision by Lane and Riesenfeld (IEEE TPAMI 2, 1980): double every point, then
+    average neighbours. The line moves by less than half a pixel, and no nucleus vanishes.
+    """
+    for _ in range(2):
+        points = np.repeat(points, 2, axis=0)
+        for _ in range(4):
+            points = (points + np.roll(points, -1, axis=0)) / 2
+    return points

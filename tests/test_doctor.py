@@ -1,0 +1,83 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nuclei_d2 import doctor
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_complete_installation(monkeypatch, tmp_path, capsys):
+    (tmp_path / "dsb2018/annotations").mkdir(parents=True)
+    (tmp_path / "dsb2018/annotations/dsb2018_test.json").touch()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert doctor.main() == 0
+    report = capsys.readouterr().out
+    assert "PROBLEM" not in report
+    rows = {line[2:20].strip(): line[20:] for line in report.splitlines() if line[:2] == "  "}
+    import detectron2
+    import torch
+
+    assert rows["torch"].startswith(torch.__version__.split("+")[0])
+    assert str(Path(detectron2.__file__).parent) in rows["detectron2"]
+    assert rows["root"] == f"{tmp_path} ($DETECTRON2_DATASETS)"
+    assert rows["prepared"] == "dsb2018_test"
+    assert rows["ROIAlign, NMS"] == "work"
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("detectron2", "ModuleNotFoundError(\"No module named 'detectron2'\", name='detectron2')"),
+        pytest.param(
+            "torch",
+            "OSError('libtorch.so: undefined symbol')",
+            marks=pytest.mark.xfail(strict=True, reason="importing nuclei_d2 imports torch first"),
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_imported(tmp_path, module, error):
+    (tmp_path / f"{module}.py").write_text(f"raise {error}\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "nuclei_d2.doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    )
+    assert run.returncode == 1
+    assert f"PROBLEM: {module}: {error.split('(')[0]}: " in run.stdout
+    assert "make install" in run.stdout
+    assert "not tried" in run.stdout
+    assert "Traceback" not in run.stderr
+
+
+def test_operators_that_fail_or_lie(monkeypatch):
+    import torch
+    from detectron2 import layers
+
+    assert doctor.check_operators() == []
+    monkeypatch.setattr(layers, "batched_nms", lambda *args: torch.tensor([0, 1]))
+    assert "wrong results on cpu" in doctor.check_operators()[0]
+
+    def missing(*args):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(layers, "batched_nms", missing)
+    assert "operator torchvision::nms does not exist" in doctor.check_operators()[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        ("fpu amx_bf16 avx512_bf16", "fast (AMX)"),
+        ("fpu avx512_bf16", "yes (AVX-512)"),
+        ("fpu avx2", "emulated (slow)"),
+    ],
+)
+def test_bfloat16_by_the_cpu_flags(tmp_path, flags, answer):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+    assert doctor.bfloat16_support(tmp_path / "cpuinfo") == answer
+    assert doctor.bfloat16_support(tmp_path / "nowhere") == "unknown"

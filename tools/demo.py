@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""Draw what a model finds: one picture per image, contours over the contrast-stretched image.
+
+tools/demo.py --config-file output/config.yaml --input images/*.png --output pictures \\
+    --opts MODEL.WEIGHTS output/model_best.pth MODEL.DEVICE cpu
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from PIL import Image
+from tqdm import tqdm
+
+from nuclei_d2.config import load_config
+from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.inference.inputs import find_images, is_image_name, unique_stems
+from nuclei_d2.inference.predictor import NucleiPredictor
+from nuclei_d2.utils.errors import NucleiError, run_tool
+from nuclei_d2.utils.files import atomic_path
+from nuclei_d2.visualization.overlay import draw_boundaries, draw_contours, panel, stretch
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of the model")
+    parser.add_argument(
+        "--input", required=True, nargs="+", help="images, folders of images, quoted patterns"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        help="least score, 0 to 1, of the nuclei to draw (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--boundaries", action="store_true", help="draw the predicted boundaries beside them"
+    )
+    parser.add_argument(
+        "--ground-truth",
+        metavar="PATH",
+        help="draw this label image beside them; or a folder: the one of the image's name",
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="last: config options as KEY VALUE pairs, such as MODEL.WEIGHTS model_best.pth",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not 0 <= args.confidence_threshold <= 1:
+        raise NucleiError(
+            f"--confidence-threshold is {args.confidence_threshold}; it lies in 0 to 1"
+        )
+    threshold = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(args.confidence_threshold)]
+    cfg = load_config(args.config_file, [*threshold, *args.opts])
+    images = find_images(args.input)
+    outputs = output_paths(images, Path(args.output))
+    labels = find_labels(args.ground_truth, images) if args.ground_truth else None
+    predictor = NucleiPredictor(cfg)
+
+    failed = []
+    for image, output in tqdm(
+        list(zip(images, outputs, strict=True)), unit="image", disable=len(images) == 1
+    ):
+        start = time.perf_counter()
+        try:
+            raw = read_image(image)
+            truth = read_truth(labels, image, raw.shape[:2]) if labels else None
+        except NucleiError as error:
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            failed.append(str(image))
+            continue
+        instances = predictor(raw)
+        picture = draw(cfg, raw, instances, truth, args.boundaries)
+        with atomic_path(output) as temporary:
+            Image.fromarray(picture).save(temporary)
+        seconds = time.perf_counter() - start
+        tqdm.write(f"{image.name}: {len(instances)} nuclei, {seconds:.2f} s -> {output}")
+    if failed:
+        raise NucleiError(f"{len(failed)} of {len(images)} images failed: {', '.join(failed)}")
+
+
+def output_paths(images: list[Path], folder: Path) -> list[Path]:
+    if folder.exists() and not folder.is_dir():
+        raise NucleiError(f"--output {folder} is a file; name a folder")
+    outputs = [folder / f"{stem}.png" for stem in unique_stems(images)]
+    overwritten = {p.resolve() for p in images} & {p.resolve() for p in outputs}
+    if overwritten:
+        raise NucleiError(f"{min(overwritten)} would be overwritten; name another --output folder")
+    return outputs
+
+
+def find_labels(ground_truth: str, images: list[Path]) -> dict[str, Path]:
+    """{stem of an image: its label image}."""
+    path = Path(ground_truth)
+    if path.is_dir():
+        return {p.stem: p for p in sorted(path.iterdir()) if is_image_name(p)}
+    if len(images) > 1:
+        raise NucleiError(f"--ground-truth {path} is no folder, and there are {len(images)} images")
+    return {images[0].stem: path}
+
+
+def read_truth(labels: dict[str, Path], image: Path, size: tuple[int, int]) -> np.ndarray:
+    if image.stem not in labels:
+        raise NucleiError(f"{image}: no label image {image.stem}.* in the ground truth")
+    truth = read_label(labels[image.stem])
+    if truth.shape != size:
+        raise NucleiError(f"{labels[image.stem]} is {truth.shape}, but {image} is {size} pixels")
+    return truth
+
+
+def draw(
+    cfg: CfgNode,
+    raw: np.ndarray,
+    instances: Instances,
+    truth: np.ndarray | None,
+    boundaries: bool,
+) -> np.ndarray:
+    """The picture of one image: contours alone, or a panel with what else was asked for."""
+    background = stretch(
+        raw,
+        percentiles=cfg.INPUT.PERCENTILES,
+        noise_floor=cfg.INPUT.NOISE_FLOOR,
+        min_levels=cfg.INPUT.MIN_LEVELS,
+    )
+    pictures = [
+        (f"prediction: {len(instances)} nuclei", draw_contours(background, instances.pred_masks))
+    ]
+    if truth is not None:
+        count = np.count_nonzero(np.unique(truth))
+        pictures.append((f"ground truth: {count} nuclei", draw_contours(background, truth)))
+    if boundaries:
+        if not instances.has("pred_boundaries"):
+            raise NucleiError("--boundaries needs a model with boundaries (BoundaryMaskHead)")
+        pictures.append(("boundary probability", draw_boundaries(instances.pred_boundaries)))
+    return pictures[0][1] if len(pictures) == 1 else panel(pictures)
+
+
+if __name__ == "__main__":
+    run_tool(main)
