@@ -96,8 +96,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
 def _add_solver_keys(cfg: CfgNode) -> None:
     # SOLVER.AMP.ENABLED means bfloat16 autocast here, on CUDA devices and CPUs alike.
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 10.0
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"  # of each parameter, as Detectron2 does
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 5.0
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
     # Linear LR scaling: batch, rate and schedule in a config are meant for one GPU.
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 1
