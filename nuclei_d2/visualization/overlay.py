@@ -160,11 +160,15 @@ def panel(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     tallest = max(picture.shape[0] for _, picture in pictures)
     font = ImageFont.load_default(max(14, tallest // 36))
     gap, top = 12, round(1.7 * font.size)
-    columns = [max(image.shape[1], round(font.getlength(title))) + gap for title, image in pictures]
+    indent = gap // 2
+    columns = [
+        max(image.shape[1], indent + round(font.getlength(title))) + gap
+        for title, image in pictures
+    ]
     canvas = Image.new("RGB", (sum(columns) - gap, top + tallest), "white")
     pen, left = ImageDraw.Draw(canvas), 0
     for (title, picture), column in zip(pictures, columns, strict=True):
-        pen.text((left, top // 2), title, "black", font, anchor="lm")
+        pen.text((left + indent, top // 2), title, "black", font, anchor="lm")
         canvas.paste(Image.fromarray(picture), (left, top))
         left += column
     return np.array(canvas)
