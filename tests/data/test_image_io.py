@@ -1,0 +1,322 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from nuclei_d2.config import load_config
+from nuclei_d2.data.image_io import (
+    ImageNormalizer,
+    estimate_noise,
+    normalize,
+    read_image,
+    read_label,
+)
+from nuclei_d2.utils.errors import NucleiError
+
+RNG = np.random.default_rng(0)
+GREY8 = RNG.integers(0, 256, (20, 30), np.uint8)
+GREY16 = RNG.integers(0, 65536, (20, 30), np.uint16)
+RGB8 = RNG.integers(0, 256, (20, 30, 3), np.uint8)
+RGB16 = RNG.integers(0, 65536, (20, 30, 3), np.uint16)
+RGBA8 = np.dstack([RGB8, GREY8])
+RGBA16 = np.dstack([RGB16, GREY16])
+
+
+def write(path: Path, array: np.ndarray, **options) -> Path:
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, array, **options)
+    elif array.dtype == np.uint16 and array.ndim == 3:
+        order = [2, 1, 0, 3][: array.shape[2]]  # OpenCV writes BGR(A)
+        assert cv2.imwrite(str(path), array[:, :, order])
+    else:
+        Image.fromarray(array).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("array", [GREY8, GREY16, RGB8, RGB16, RGBA8, RGBA16])
+def test_reads_exact_values(tmp_path, suffix, array):
+    options = {"photometric": "rgb"} if suffix == ".tif" and array.ndim == 3 else {}
+    image = read_image(write(tmp_path / f"image{suffix}", array, **options))
+    assert image.dtype == np.float32
+    assert np.array_equal(image, np.atleast_3d(array)[:, :, :3])
+
+
+def test_reads_bmp_exactly_and_jpeg_closely(tmp_path):
+    assert np.array_equal(read_image(write(tmp_path / "a.bmp", GREY8))[:, :, 0], GREY8)
+    smooth = np.dstack([np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))] * 3)
+    smooth[:, :, 2] = 40
+    image = read_image(write(tmp_path / "a.jpg", smooth, quality=95))
+    assert np.abs(image - smooth).max() < 12  # would be 200 with swapped channels
+
+
+def test_the_content_decides_not_the_suffix(tmp_path):
+    path = write(tmp_path / "a.tif", GREY16)
+    renamed = path.rename(tmp_path / "a.png")
+    assert np.array_equal(read_image(renamed)[:, :, 0], GREY16)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zstd", "deflate", "packbits"])
+def test_compressed_tiff(tmp_path, compression):
+    path = write(tmp_path / "a.tif", GREY16, compression=compression)
+    assert np.array_equal(read_image(path)[:, :, 0], GREY16)
+
+
+def test_one_bit_image_is_black_and_white(tmp_path):
+    expected = np.where(GREY8 > 99, 255, 0)[:, :, None]
+    assert np.array_equal(read_image(write(tmp_path / "a.png", GREY8 > 99)), expected)
+    path = write(tmp_path / "a.tif", GREY8 > 99, photometric="minisblack")
+    assert np.array_equal(read_image(path), expected)
+
+
+def test_palette_is_expanded_for_images_and_kept_for_labels(tmp_path):
+    indices = GREY8 % 4
+    picture = Image.fromarray(indices)
+    picture.putpalette([0, 0, 0, 200, 10, 0, 0, 200, 10, 90, 0, 200])
+    picture.save(tmp_path / "a.png")
+    colours = np.array([[0, 0, 0], [200, 10, 0], [0, 200, 10], [90, 0, 200]])
+    assert np.array_equal(read_image(tmp_path / "a.png"), colours[indices])
+    assert np.array_equal(read_label(tmp_path / "a.png"), indices)
+
+
+def test_grey_with_alpha_is_grey(tmp_path):
+    picture = Image.merge("LA", [Image.fromarray(GREY8), Image.fromarray(255 - GREY8)])
+    picture.save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), GREY8[:, :, None])
+
+
+def test_white_is_zero_tiff_is_inverted(tmp_path):
+    path = write(tmp_path / "a.tif", GREY8, photometric="miniswhite")
+    assert np.array_equal(read_image(path)[:, :, 0], 255 - GREY8)
+    assert np.array_equal(read_label(path), GREY8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"photometric": "minisblack"},
+        {"photometric": "rgb", "planarconfig": "separate"},
+        {"imagej": True, "metadata": {"axes": "CYX"}},
+    ],
+)
+def test_channels_first_tiff_is_colour(tmp_path, options):
+    path = write(tmp_path / "a.tif", np.ascontiguousarray(RGB8.transpose(2, 0, 1)), **options)
+    assert np.array_equal(read_image(path), RGB8)
+
+
+def test_float_tiff(tmp_path):
+    values = RNG.normal(size=(9, 7)).astype(np.float32)
+    assert np.array_equal(read_image(write(tmp_path / "a.tif", values))[:, :, 0], values)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_float_tiff_without_a_number(tmp_path, bad):
+    values = np.zeros((9, 7), np.float32)
+    values[3, 3] = bad
+    path = write(tmp_path / "a.tif", values)
+    with pytest.raises(NucleiError, match=r"a\.tif: holds NaN or infinite"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((5, 20, 30), {}),
+        ((20, 30, 2), {}),
+        ((2, 20, 30), {"imagej": True, "metadata": {"axes": "CYX"}}),
+        ((3, 20, 30), {"imagej": True, "metadata": {"axes": "ZYX"}}),
+        ((3, 20, 30), {"imagej": True, "metadata": {"axes": "TYX"}}),
+        ((2, 3, 20, 30), {"photometric": "minisblack"}),
+    ],
+)
+def test_stacks_are_refused(tmp_path, shape, options):
+    path = write(tmp_path / "a.tif", np.zeros(shape, np.uint8), **options)
+    with pytest.raises(NucleiError, match=r"a\.tif.*one plane or channel per file"):
+        read_image(path)
+
+
+def test_several_images_in_one_file_are_refused(tmp_path):
+    path = write(tmp_path / "a.tif", GREY8)
+    tifffile.imwrite(path, GREY8[:9], append=True)
+    with pytest.raises(NucleiError, match=r"a\.tif: holds 2 images"):
+        read_image(path)
+    frames = [Image.fromarray(GREY8), Image.fromarray(255 - GREY8)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(NucleiError, match=r"a\.gif: holds 2 frames"):
+        read_image(tmp_path / "a.gif")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "a.bmp"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("read", [read_image, read_label])
+def test_truncated_files(tmp_path, name, share, read):
+    path = write(tmp_path / name, GREY8)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(NucleiError, match=path.name) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_16_bit_colour_png(tmp_path):
+    path = write(tmp_path / "a.png", RGB16)
+    path.write_bytes(path.read_bytes()[:1800])
+    with pytest.raises(NucleiError, match=r"a\.png: truncated"):
+        read_image(path)
+
+
+def test_missing_empty_and_other_files(tmp_path):
+    with pytest.raises(NucleiError, match=r"cannot read .*none\.png: No such file"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(NucleiError, match="cannot read"):
+        read_image(tmp_path)
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(NucleiError, match=r"empty\.png: the file is empty"):
+        read_image(tmp_path / "empty.png")
+    (tmp_path / "text.png").write_text("not an image" * 9)
+    with pytest.raises(NucleiError, match=r"text\.png: no PNG, TIFF, JPEG or BMP"):
+        read_image(tmp_path / "text.png")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32, np.float32])
+def test_labels_of_any_type(tmp_path, dtype):
+    values = (GREY8 % 100).astype(dtype)
+    labels = read_label(write(tmp_path / "a.tif", values))
+    assert labels.dtype == np.int32
+    assert np.array_equal(labels, GREY8 % 100)
+
+
+def test_labels_of_a_16_bit_png(tmp_path):
+    assert np.array_equal(read_label(write(tmp_path / "a.png", GREY16)), GREY16)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((4, 5), 1.5, np.float32), "holds integers"),
+        (np.full((4, 5), np.nan, np.float32), "holds integers"),
+        (np.full((4, 5), -1, np.int16), "no negative values"),
+        (np.full((4, 5), 2**31, np.uint32), "below 2\\^31"),
+        (np.zeros((4, 5, 3), np.uint8), "in colour"),
+    ],
+)
+def test_refused_labels(tmp_path, values, message):
+    options = {"photometric": "rgb"} if values.ndim == 3 else {}
+    with pytest.raises(NucleiError, match=rf"a\.tif: .*{message}"):
+        read_label(write(tmp_path / "a.tif", values, **options))
+
+
+def reference_normalize(image, percentiles, floor):
+    low, high = np.percentile(image.astype(np.float64), percentiles)
+    return np.clip((image - low) / max(high - low, floor), 0, 1) * 255
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    image=arrays.arrays(
+        np.int32, st.tuples(*[st.integers(1, 12)] * 2, st.just(1)), elements=st.integers(-99, 9999)
+    ),
+    offset=st.sampled_from([0.0, 0.25]),
+    percentiles=st.sampled_from([(0, 100), (1, 99.8), (20, 65.3)]),
+)
+def test_normalize_is_numpys_percentile(image, offset, percentiles):
+    """Counted (integers) or sorted (others), the percentiles are the same."""
+    image = (image + offset).astype(np.float32)
+    expected = reference_normalize(image, percentiles, 4 if offset == 0 else 1e-9)
+    result = normalize(image, percentiles, noise_floor=0, min_levels=4)
+    assert result.dtype == np.float32
+    assert np.abs(result - expected).max() < 0.02
+
+
+def test_percentiles_are_taken_over_all_channels():
+    image = np.zeros((10, 10, 3), np.float32)
+    image[:, :, 1] = 50
+    image[:, :, 2] = 100
+    result = normalize(image, (0, 100), noise_floor=0, min_levels=0)
+    assert np.unique(result).tolist() == [0, 127.5, 255]
+
+
+def test_integers_of_a_very_wide_range_are_not_counted():
+    image = np.array([[0, 2**30, 2**31, 2**32]], np.float32)
+    assert normalize(image, (0, 100)).tolist() == [[0, 63.75, 127.5, 255]]
+
+
+@pytest.mark.parametrize("value", [0, 7, 65535, 0.5, -3.25])
+def test_a_constant_image_is_black(value):
+    assert (normalize(np.full((32, 32, 1), value, np.float32)) == 0).all()
+
+
+def test_min_levels_bounds_the_stretch_of_integer_images():
+    image = np.zeros((100, 100), np.float32)
+    image[:, 50:] = 2
+    assert normalize(image, (0, 100), 0, min_levels=4).max() == 127.5
+    assert normalize(image, (0, 100), 0, min_levels=2).max() == 255
+    assert normalize(image / 16, (0, 100), 0, min_levels=4).max() == 255  # not integers
+
+
+@pytest.mark.parametrize("sigma", [1.5, 5, 300])
+def test_noise_is_estimated_whatever_the_image_shows(sigma):
+    y, x = np.mgrid[:256, :256]
+    nuclei = 200 * sigma * ((x % 64 - 32) ** 2 + (y % 64 - 32) ** 2 < 20**2)
+    ramp = 3 * sigma * x
+    noise = np.random.default_rng(0).normal(0, sigma, x.shape)
+    for scene in (0 * x, nuclei, ramp, nuclei + ramp):
+        assert estimate_noise((scene + noise).astype(np.float32)) == pytest.approx(sigma, rel=0.1)
+    assert estimate_noise(ramp.astype(np.float32)) == 0
+    assert estimate_noise(np.ones((2, 9), np.float32)) == 0
+
+
+@pytest.mark.parametrize("sigma", [1, 20, 2000])
+def test_noise_is_not_stretched_to_full_scale(sigma):
+    noise = np.random.default_rng(0).normal(8 * sigma, sigma, (256, 256, 1)).round()
+    result = normalize(noise.astype(np.float32), noise_floor=12)
+    assert result.std() == pytest.approx(255 / 12, rel=0.1)
+    stretched = normalize(noise.astype(np.float32), noise_floor=0)
+    assert stretched.std() > 2 * result.std()
+
+
+def test_dim_nuclei_still_reach_full_scale():
+    """As the dimmest real images: nuclei 15 grey levels above a background with noise 0.5."""
+    y, x = np.mgrid[:256, :256]
+    image = np.random.default_rng(0).normal(2, 0.5, x.shape)
+    image[(x % 64 - 32) ** 2 + (y % 64 - 32) ** 2 < 8**2] += 15
+    result = normalize(image.round().astype(np.float32))
+    nuclei = (x % 64 - 32) ** 2 + (y % 64 - 32) ** 2 < 6**2
+    assert result[nuclei].mean() > 220
+    assert np.median(result[~nuclei]) < 30
+
+
+def test_empty_array():
+    assert normalize(np.zeros((0, 5, 1), np.float32)).shape == (0, 5, 1)
+
+
+def test_normalizer_replicates_grey_and_orders_channels():
+    cfg = load_config(opts=["INPUT.PERCENTILES", "(0.0, 100.0)", "INPUT.NOISE_FLOOR", "0.0"])
+    grey = GREY8[:, :, None].astype(np.float32)
+    rgb = RGB8.astype(np.float32)
+    result = ImageNormalizer(cfg)(grey)
+    assert result.shape == (20, 30, 3)
+    assert np.array_equal(result, np.repeat(normalize(grey, (0, 100), 0), 3, axis=2))
+    assert np.array_equal(ImageNormalizer(cfg)(np.repeat(grey, 3, axis=2)), result)
+    assert np.array_equal(ImageNormalizer(cfg)(rgb), normalize(rgb, (0, 100), 0))
+    cfg.INPUT.FORMAT = "BGR"
+    assert np.array_equal(ImageNormalizer(cfg)(rgb), normalize(rgb, (0, 100), 0)[:, :, ::-1])
+
+
+def test_normalizer_reads_the_contrast_floor():
+    grey = np.zeros((20, 30, 1), np.float32)
+    grey[:10] = 10
+    cfg = load_config(opts=["INPUT.MIN_LEVELS", "40.0"])
+    assert ImageNormalizer(cfg)(grey).max() == pytest.approx(255 / 4)
+
+
+@pytest.mark.parametrize("percentiles", [(50, 50), (99, 1), (-1, 99), (0, 101)])
+def test_wrong_percentiles(percentiles):
+    with pytest.raises(NucleiError, match=r"INPUT\.PERCENTILES"):
+        ImageNormalizer(percentiles=percentiles, noise_floor=0.0, min_levels=0.0)
