@@ -41,6 +41,8 @@ def crop_masks_and_boundaries(
         target: "exact" crops one target pixel more on each side, so that only real background
             makes a boundary. "paper" knows the crop alone and takes its surroundings for
             background: a nucleus that fills the box gets a frame of 4 * (size - 1) pixels.
+            What lies outside the image is for ``masks`` to say; LabelMasks repeats its edge
+            there, so that a nucleus cut by the image has no boundary along the cut.
 
     Returns:
         Masks and boundaries, bool, both (N, size, size).
@@ -48,7 +50,8 @@ def crop_masks_and_boundaries(
     if target == "paper":
         crops = masks.crop_and_resize(boxes, size)
         return crops, mask_to_boundary(crops, zero_padding=True)
-    # Bins keep their size and place, so the inner pixels are those of the plain crop.
+    # Bins keep their size and place, so the inner pixels are those of the plain crop; only ties
+    # at the threshold (boxes on whole pixels) may be rounded the other way.
     crops = masks.crop_and_resize(_enlarge(boxes, size), size + 2)
     return crops[:, 1:-1, 1:-1], mask_to_boundary(crops)
 

@@ -30,12 +30,14 @@ class SmallROIAlign(ROIAlign):
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         """
         Args:
-            features: (B, C, H, W) float32.
+            features: (B, C, H, W) float; taken as float32, since ROIAlign would round the boxes to
+                bfloat16 together with the features.
             rois: (N, 5) float32: index into B, then XYXY in image pixels.
 
         Returns:
             (N, C, output_size, output_size) float32.
         """
+        features = features.float()
         bins = (rois[:, 3:] - rois[:, 1:3]) * self.spatial_scale / self.output_size[0]
         single = ((bins > 0) & (bins <= 1)).all(dim=1) & (self.sampling_ratio == 0)
         if features.device.type != "cpu" or not single.any():

@@ -31,4 +31,6 @@ class UpsamplePredictor(nn.Module):
         x = x.view(num, height, width, 2, 2, hidden_channels)
         x = F.linear(x, self.predictor.weight.flatten(1), self.predictor.bias)
         # (N, H, W, row, column, classes) -> (N, classes, H, row, W, column)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(num, -1, 2 * height, 2 * width)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(
+            num, self.predictor.out_channels, 2 * height, 2 * width
+        )

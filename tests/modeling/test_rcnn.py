@@ -1,0 +1,137 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN, postprocess
+
+ROI_HEADS = {
+    "standard": [],
+    "cascade": ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"],
+}
+MASK_HEADS = {
+    "boundary": [],
+    "baseline": [
+        *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+        *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignV2"),
+    ],
+}
+
+
+@pytest.fixture
+def build(tiny_config):
+    def build(*opts):
+        torch.manual_seed(0)
+        return build_model(tiny_config(*opts))
+
+    return build
+
+
+def train_step(model, inputs):
+    with EventStorage():
+        losses = model(inputs)
+    sum(losses.values()).backward()
+    return losses
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mask_head", MASK_HEADS)
+@pytest.mark.parametrize("roi_heads", ROI_HEADS)
+def test_train_and_predict(build, training_input, roi_heads, mask_head, autocast):
+    model = build(*ROI_HEADS[roi_heads], *MASK_HEADS[mask_head])
+    assert type(model) is NucleiRCNN
+    inputs = [training_input(9), training_input(0)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        losses = train_step(model, inputs)
+        assert ("loss_boundary_dice" in losses) == (mask_head == "boundary")
+        assert all(v.dtype == torch.float32 and v.isfinite() for v in losses.values())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        with torch.no_grad():
+            outputs = model.eval()(inputs)
+    for output in outputs:
+        found = output["instances"]
+        assert found.image_size == (192, 96)
+        assert len(found) > 0
+        assert found.pred_masks.shape == (len(found), 192, 96)
+        assert found.pred_masks.dtype == torch.bool
+        assert found.has("pred_boundaries") == (mask_head == "boundary")
+        if mask_head == "boundary":
+            assert found.pred_boundaries.shape == (len(found), 192, 96)
+            assert found.pred_boundaries.dtype == torch.uint8
+
+
+def test_batch_without_nuclei(build, training_input):
+    model = build()
+    losses = train_step(model, [training_input(0)])
+    assert losses["loss_mask"] == losses["loss_boundary"] == losses["loss_boundary_dice"] == 0
+    assert all(p.grad is not None for p in model.roi_heads.mask_head.parameters())
+
+
+def test_image_without_detections(build, training_input):
+    model = build("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.1).eval()
+    with torch.no_grad():
+        found = model([training_input(0)])[0]["instances"]
+    assert len(found) == 0
+    assert found.pred_masks.shape == found.pred_boundaries.shape == (0, 192, 96)
+
+
+def test_a_thousand_nuclei(build, training_input):
+    model = build("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 128)
+    crowd = training_input(1000, side=6, pitch=8, image_size=256)
+    losses = train_step(model, [crowd])
+    assert all(v.isfinite() for v in losses.values())
+    with torch.no_grad():
+        assert len(model.eval()([crowd])[0]["instances"]) > 0
+
+
+def test_raw_results_on_request(build, training_input):
+    model = build().eval()
+    with torch.no_grad():
+        raw = model.inference([training_input(4)], do_postprocess=False)[0]
+        again = model.inference([training_input(4)], [raw])[0]["instances"]
+    assert raw.image_size == (96, 96)
+    assert raw.pred_boundaries.shape == (len(raw), 1, 28, 28)
+    assert again.pred_boundaries.shape[1:] == (192, 96)
+
+
+def test_features_are_float32_inside_autocast(build):
+    model = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model.backbone(torch.rand(1, 3, 64, 64))
+    assert {f.dtype for f in features.values()} == {torch.float32}
+
+
+def constant_maps(values):
+    return torch.tensor(values)[:, None, None, None].expand(-1, 1, 28, 28).clone()
+
+
+def test_boundaries_are_pasted_into_their_own_boxes():
+    # The second box is empty and dropped; the image is enlarged twice.
+    results = Instances(
+        (20, 30),
+        pred_boxes=Boxes(torch.tensor([[1.0, 2, 5, 8], [9, 9, 9, 12], [10, 4, 20, 14]])),
+        scores=torch.tensor([0.9, 0.8, 0.7]),
+        pred_masks=constant_maps([0.9, 0.9, 0.2]),
+        pred_boundaries=constant_maps([0.25, 0.5, 0.75]),
+    )
+    results = postprocess(results, 40, 60)
+    assert results.scores.tolist() == pytest.approx([0.9, 0.7])
+    expected = torch.zeros(2, 40, 60, dtype=torch.uint8)
+    expected[0, 4:16, 2:10] = 63  # of 63.75
+    expected[1, 8:28, 20:40] = 191  # of 191.25
+    assert torch.equal(results.pred_boundaries, expected)
+    assert torch.equal(results.pred_masks[0], expected[0] > 0)
+    assert not results.pred_masks[1].any()
+
+
+def test_empty_results_keep_the_shape():
+    results = Instances(
+        (20, 30),
+        pred_boxes=Boxes(torch.zeros(0, 4)),
+        pred_masks=torch.zeros(0, 1, 28, 28),
+        pred_boundaries=torch.zeros(0, 1, 28, 28),
+    )
+    results = postprocess(results, 40, 60)
+    assert results.pred_boundaries.shape == results.pred_masks.shape == (0, 40, 60)
+    assert results.pred_boundaries.dtype == torch.uint8
