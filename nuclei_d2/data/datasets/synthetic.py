@@ -8,11 +8,13 @@ noise. The ground truth is the shape before blur and noise, so it is exact.
 """
 
 import hashlib
+import io
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,13 @@ import tifffile
 from iopath.common.file_io import file_lock
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
-from nuclei_d2.data.datasets.coco import (
-    box_mask,
-    load_nuclei_json,
-    mask_to_annotation,
-    masks_to_label_image,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import box_mask, load_nuclei_json
+from nuclei_d2.data.datasets.prepare import Listing, NamedMask, Record, datasets_root, prepare
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 
-SPLITS = {"train": 160, "val": 24, "test": 40}  # images
+IMAGES = {"train": 160, "val": 24, "test": 40}  # by split
 _ANGLES = 128  # directions in which an outline is tabulated
 _MIN_AREA = 12  # pixels; a nucleus of which less is visible is taken away again
 _TRIES = 24  # places tried for one nucleus before it is left out
@@ -376,16 +372,16 @@ def load_synthetic(split: str) -> list[dict[str, Any]]:
     Raises:
         NucleiError: there is no such split, the folder cannot be written, or holds other data.
     """
-    if split not in SPLITS:
-        raise NucleiError(f"no synthetic split {split!r}; valid: {', '.join(SPLITS)}")
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "synthetic")
+    if split not in IMAGES:
+        raise NucleiError(f"no synthetic split {split!r}; valid: {', '.join(IMAGES)}")
+    root = datasets_root() / "synthetic"
     fingerprint = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     try:
         if _fingerprint(root) != fingerprint:
             root.parent.mkdir(parents=True, exist_ok=True)
             with file_lock(str(root)):
                 if _fingerprint(root) != fingerprint:  # another process may have been first
-                    _write_all(root, fingerprint)
+                    _write(root, fingerprint)
     except OSError as error:
         raise NucleiError(
             f"cannot write {root}: {error.strerror or error}; set DETECTRON2_DATASETS elsewhere"
@@ -401,62 +397,73 @@ def _fingerprint(root: Path) -> str | None:
         return None
 
 
-def _write_all(root: Path, fingerprint: str) -> None:
+def _write(root: Path, fingerprint: str) -> None:
     """Fill a temporary folder, then put it in place: ``root`` is complete or not there."""
     if root.exists() and _fingerprint(root) is None:
         raise NucleiError(f"{root} holds data of another origin; rename or remove that folder")
-    temporary, old = root.with_name(f".{root.name}.tmp"), root.with_name(f".{root.name}.old")
-    for folder in (temporary, old):  # left by an interrupted call
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in ("images", "labels", "annotations"):
-        (temporary / folder).mkdir(parents=True)
-    summary = {}
-    with tqdm(total=sum(SPLITS.values()), desc="drawing synthetic images") as progress:
-        for number, (split, count) in enumerate(SPLITS.items()):
-            entries = []
-            for index in range(count):
-                entries.append(_write_field(temporary, split, index, seed=(number, index)))
-                progress.update()
-            name = f"synthetic_{split}"
-            write_coco_json(temporary / "annotations" / f"{name}.json", entries, name)
-            summary[name] = {
-                "images": count,
-                "annotations": sum(len(entry["annotations"]) for entry in entries),
-            }
-    write_json(temporary / "preparation.json", {"generator": fingerprint, "splits": summary})
+    temporary = root.with_name(".synthetic.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted call
+    records = [
+        Record(f"{split}_{index:03}", split, field, field.read_masks, "fluorescence")
+        for split, images in IMAGES.items()
+        for index, field in enumerate(_Field(split, index) for index in range(images))
+    ]
+    # In this process: it may hold a GPU and threads, which do not survive a fork.
+    report = prepare(Listing(records), "synthetic", root=temporary, workers=1)
+    new, old = temporary / "synthetic", temporary / "old"
+    write_json(new / "preparation.json", {"generator": fingerprint, **report})
     if root.exists():
         root.rename(old)
-    temporary.rename(root)
-    shutil.rmtree(old, ignore_errors=True)
+    new.rename(root)
+    shutil.rmtree(temporary)
 
 
-def _write_field(root: Path, split: str, index: int, seed: tuple[int, int]) -> dict[str, Any]:
-    """Draw and write one image with its labels; returns its COCO entry with annotations."""
-    rng = np.random.default_rng(seed)
-    config = SyntheticConfig(
-        # Fixed shares instead of chance, so that every split has some of each.
-        bits=16 if index % 8 == 3 else 8,
-        empty=1.0 if index % 20 == 7 else 0.0,
-        crowding=rng.uniform(0, 0.8),
+@dataclass(frozen=True)
+class _Field:
+    """One image of the set, drawn when asked for; an ``ImageSource`` of the preparation."""
+
+    split: str
+    index: int
+
+    @property
+    def config(self) -> SyntheticConfig:
+        """Fixed shares instead of chance, so that every split has some of each kind."""
+        return SyntheticConfig(
+            bits=16 if self.index % 8 == 3 else 8,
+            empty=1.0 if self.index % 20 == 7 else 0.0,
+            crowding=0.2 * (self.index % 5),
+        )
+
+    @property
+    def suffix(self) -> str:
+        """File suffix with its dot."""
+        return ".tif" if self.config.bits > 8 else ".png"
+
+    def read_bytes(self) -> bytes:
+        """The encoded image."""
+        image, _ = _draw(self)
+        file = io.BytesIO()
+        if self.suffix == ".tif":
+            tifffile.imwrite(file, image)
+        else:
+            Image.fromarray(image).save(file, "PNG")
+        return file.getvalue()
+
+    def read(self, reader: Callable[[Path], Any]) -> Any:
+        """Call ``reader`` on a path that holds the image."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"image{self.suffix}")
+            path.write_bytes(self.read_bytes())
+            return reader(path)
+
+    def read_masks(self, height: int, width: int) -> list[NamedMask]:
+        """The nuclei in the order of their labels."""
+        masks = layered_masks(_draw(self)[1])
+        return [NamedMask(str(k), box_mask(mask)) for k, mask in enumerate(masks, start=1)]
+
+
+@lru_cache(maxsize=1)
+def _draw(field: _Field) -> tuple[np.ndarray, np.ndarray]:
+    return generate(
+        np.random.default_rng((list(IMAGES).index(field.split), field.index)), field.config
     )
-    image, labels = generate(rng, config)
-    size = image.shape
-    masks = [box_mask(mask) for mask in layered_masks(labels)]
-    image_id = f"{split}_{index:03}"
-    image_name = f"images/{image_id}.{'tif' if config.bits > 8 else 'png'}"
-    label_name = f"labels/{image_id}.png"
-    if config.bits > 8:
-        tifffile.imwrite(root / image_name, image)
-    else:
-        Image.fromarray(image).save(root / image_name)
-    Image.fromarray(masks_to_label_image(masks, size)).save(root / label_name)
-    return {
-        "id": index + 1,
-        "file_name": image_name,
-        "height": size[0],
-        "width": size[1],
-        "label_file_name": label_name,
-        "modality": "fluorescence",
-        "overlaps": bool(labels[1].any()),
-        "annotations": [mask_to_annotation(mask, size) for mask in masks],
-    }

@@ -2,9 +2,12 @@ import math
 
 import numpy as np
 import pytest
+from detectron2.structures import BoxMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from nuclei_d2.data.datasets.coco import box_mask, mask_to_annotation, masks_to_label_image
 from nuclei_d2.data.datasets.statistics import (
     ASPECT_RATIOS,
     STRIDES,
@@ -12,10 +15,12 @@ from nuclei_d2.data.datasets.statistics import (
     find_touching,
     fit_anchors,
     measure_image,
+    measure_record,
     propose,
     propose_scale,
     summarize,
 )
+from nuclei_d2.utils.errors import NucleiError
 
 
 def draw(shape, **squares):
@@ -71,6 +76,71 @@ def test_intensity_of_a_two_level_image():
     assert (measured.low, measured.high) == (100, 300)
     assert (measured.background, measured.foreground) == (0, 255)
     assert measured.modality == "fluorescence"
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Two squares of 6 px that share 2 x 6 pixels, and one of 4 px apart, in 20 x 30 pixels."""
+    masks = np.zeros((3, 20, 30), bool)
+    masks[0, 2:8, 2:8] = masks[1, 2:8, 6:12] = masks[2, 14:18, 20:24] = True
+    boxed = [box_mask(mask) for mask in masks]
+    Image.fromarray(masks.any(0) * np.uint8(100)).save(tmp_path / "image.png")
+    Image.fromarray(masks_to_label_image(boxed, (20, 30))).save(tmp_path / "label.png")
+    annotations = [mask_to_annotation(mask, (20, 30)) for mask in boxed]
+    for annotation in annotations:
+        annotation["bbox_mode"] = BoxMode.XYWH_ABS
+    return {
+        "file_name": str(tmp_path / "image.png"),
+        "label_file_name": str(tmp_path / "label.png"),
+        "height": 20,
+        "width": 30,
+        "modality": "fluorescence",
+        "annotations": annotations,
+    }
+
+
+def test_record_counts_whole_masks_where_they_overlap(record):
+    measured = measure_record(record)
+    assert measured.areas.tolist() == [36, 36, 16]
+    assert measured.boxes.tolist() == [[2, 2, 8, 8], [6, 2, 12, 8], [20, 14, 24, 18]]
+    assert measured.touching.tolist() == [True, True, False]
+    assert (measured.foreground, measured.background) == (255, 0)
+    assert measured.modality == "fluorescence"
+
+
+def test_record_without_label_image_is_painted_and_crowds_are_left_out(record):
+    with_labels = measure_record(record)
+    del record["label_file_name"], record["modality"]
+    measured = measure_record(record)
+    assert measured.modality == "unknown"
+    assert measured.touching.tolist() == with_labels.touching.tolist()
+    assert measured.foreground == with_labels.foreground
+    record["annotations"][1]["iscrowd"] = 1
+    measured = measure_record(record)
+    assert measured.areas.tolist() == [36, 16]
+    assert measured.touching.tolist() == [False, False]
+
+
+def test_record_of_more_masks_than_a_byte_counts(record):
+    # pycocotools 2.0.11 cannot measure more than 255 masks at once.
+    del record["label_file_name"]
+    record["annotations"] = record["annotations"][2:] * 300
+    assert measure_record(record).areas.tolist() == [16] * 300
+
+
+def test_record_of_an_empty_image(record):
+    record["annotations"] = []
+    del record["label_file_name"]
+    measured = measure_record(record)
+    assert len(measured.areas) == 0
+    assert measured.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize("key", ["file_name", "label_file_name"])
+def test_record_with_another_size_than_its_file_names_the_file(record, key):
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(record[key])
+    with pytest.raises(NucleiError, match=r"(image|label)\.png is \(20, 20\) pixels"):
+        measure_record(record)
 
 
 def test_summary_by_hand():
@@ -152,23 +222,25 @@ def test_best_anchor_iou_equals_detectron2s(x, y, width, height, size):
     assert best_anchor_iou(box, frames, sizes)[0] == pytest.approx(exact, abs=1e-4)
 
 
-def test_anchors_double_from_the_smallest_boxes():
+def test_anchors_double_from_level_to_level_and_meet_the_boxes():
     rng = np.random.default_rng(0)
-    sides = 2 ** rng.uniform(3, 7, 400)
+    sides = 2 ** rng.uniform(4, 7, 400)
     centres = rng.uniform(128, 384, (400, 2))
     boxes = np.hstack([centres - sides[:, None] / 2, centres + sides[:, None] / 2])
-    anchors = fit_anchors(boxes, np.full((400, 2), 512.0))
-    sizes = [level[0] for level in anchors]
-    assert all(len(level) == 1 for level in anchors)
-    assert 8 <= sizes[0] <= 12
-    assert sizes == [sizes[0] * 2**level for level in range(5)]
+    frames = np.full((400, 2), 512.0)
+    anchors = fit_anchors(boxes, frames)
+    first = anchors[0][0]
+    assert anchors == tuple((first * 2**k, round(first * 2 ** (k + 0.5))) for k in range(5))
+    assert np.mean(best_anchor_iou(boxes, frames, anchors) >= 0.5) > 0.98
 
 
-def test_anchors_spread_to_span_the_boxes():
-    sides = np.repeat([4.0, 400.0], 50)
-    boxes = np.stack([600 - sides / 2, 600 - sides / 2, 600 + sides / 2, 600 + sides / 2], 1)
-    anchors = fit_anchors(boxes, np.full((100, 2), 1200.0))
-    assert anchors[-1][0] / anchors[0][0] == pytest.approx(100, rel=0.05)
+@pytest.mark.parametrize("side", [16, 24])
+def test_anchors_of_one_size_of_box(side):
+    # Centres on points of the p2 grid: there an anchor of this very size is perfect.
+    centres = np.random.default_rng(0).integers(8, 56, (50, 2)) * 4.0
+    boxes = np.hstack([centres - side / 2, centres + side / 2])
+    anchors = fit_anchors(boxes, np.full((50, 2), 256.0))
+    assert side in anchors[0]
 
 
 def test_proposal_by_hand():

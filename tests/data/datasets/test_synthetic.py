@@ -101,7 +101,6 @@ def test_nuclei_are_brighter_than_the_background_and_their_size_is_as_asked():
     ],
 )
 def test_speed(config, seconds):
-    generate(0, config)
     start = time.process_time()
     _, labels = generate(0, config)
     elapsed = time.process_time() - start
@@ -113,7 +112,7 @@ def test_speed(config, seconds):
 def root(tmp_path, monkeypatch):
     """Where a small synthetic set will be written."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setattr(synthetic, "SPLITS", {"train": 9, "val": 3, "test": 4})
+    monkeypatch.setattr(synthetic, "IMAGES", {"train": 9, "val": 3, "test": 4})
     return tmp_path / "synthetic"
 
 
@@ -184,7 +183,7 @@ def test_unwritable_folder_is_one_clear_line(tmp_path, monkeypatch):
 def test_two_processes_at_once(root):
     script = (
         "from nuclei_d2.data.datasets import synthetic\n"
-        "synthetic.SPLITS = {'train': 9, 'val': 3, 'test': 4}\n"
+        "synthetic.IMAGES = {'train': 9, 'val': 3, 'test': 4}\n"
         "print(sum(len(r['annotations']) for r in synthetic.load_synthetic('train')))"
     )
     command = [sys.executable, "-c", script]
