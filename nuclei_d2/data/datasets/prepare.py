@@ -172,7 +172,7 @@ def prepare(
     if not images:
         raise NucleiError(f"{dataset}: no {modality} image among the {len(records)}")
     groups = _group(images, dataset, modality, by_modality)
-    _remove_other_split(folder, split_rule, groups)
+    _remove_other_split(folder, split_rule)
     for name, group in groups.items():
         path = folder / "annotations" / f"{name}.json"
         write_coco_json(path, [image.entry for image in group], description=name)
@@ -329,15 +329,15 @@ def _group(
     return groups
 
 
-def _remove_other_split(folder: Path, split_rule: str, names: Iterable[str]) -> None:
+def _remove_other_split(folder: Path, split_rule: str) -> None:
     """Remove the annotations of a preparation that split the images differently."""
     try:
-        earlier = json.loads((folder / "preparation.json").read_text())
-        stale = [n for n in earlier["annotations"] if earlier["split_rule"] != split_rule]
+        earlier = json.loads((folder / "preparation.json").read_text())["split_rule"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for name in set(stale) - set(names):
-        (folder / "annotations" / f"{check_image_id(name)}.json").unlink(missing_ok=True)
+    if earlier != split_rule:
+        for path in (folder / "annotations").glob(f"{folder.name}_*.json"):
+            path.unlink()
 
 
 def _account(images: Sequence[_Prepared], skipped: dict[str, str]) -> dict[str, Any]:

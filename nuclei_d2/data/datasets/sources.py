@@ -51,7 +51,8 @@ class SourceFile:
         try:
             if Path(self.root).is_dir():
                 return Path(self.root, self.name).read_bytes()
-            return _open_zip(self.root, os.getpid()).read(self.name)
+            version = Path(self.root).stat().st_mtime_ns
+            return _open_zip(self.root, version, os.getpid()).read(self.name)
         except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, ValueError) as error:
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise NucleiError(f"cannot read {self}: {reason}") from error
@@ -70,7 +71,7 @@ class SourceFile:
 
 
 @lru_cache(maxsize=4)
-def _open_zip(path: str, process_id: int) -> zipfile.ZipFile:
+def _open_zip(path: str, version: int, process_id: int) -> zipfile.ZipFile:
     # Keyed by process: forked workers would otherwise share one file position.
     return zipfile.ZipFile(path)
 

@@ -42,9 +42,11 @@ def list_s_bsst265(source: str | os.PathLike) -> Listing:
             if image_id not in files:
                 raise NucleiError(f"{source}: no {kind}/{image_id}.tif, which {_TABLE} lists")
         read_masks = partial(read_label_file, file=folders["groundtruth"][image_id])
-        split = "test" if official == "test" else hash_split(image_id, val=0.1, test=0.0)
+        is_val = official == "train" and hash_split(image_id) == "val"
         image = folders["rawimages"][image_id]
-        listing.records.append(Record(image_id, split, image, read_masks, "fluorescence"))
+        listing.records.append(
+            Record(image_id, "val" if is_val else official, image, read_masks, "fluorescence")
+        )
     for image_id in sorted(set(folders["rawimages"]) - {r.image_id for r in listing.records}):
         listing.skipped[str(folders["rawimages"][image_id])] = f"not in {_TABLE}"
     return listing

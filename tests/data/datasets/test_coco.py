@@ -1,0 +1,229 @@
+import json
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from pycocotools.coco import COCO
+
+from nuclei_d2.data.datasets.coco import (
+    box_mask,
+    label_image_to_masks,
+    load_nuclei_json,
+    mask_to_annotation,
+    mask_to_rle,
+    masks_to_label_image,
+    write_coco_json,
+)
+from nuclei_d2.utils.errors import NucleiError
+
+masks = hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
+
+
+@given(masks)
+def test_box_is_tight_and_puts_every_pixel_back(mask):
+    boxed = box_mask(mask)
+    restored = np.zeros_like(mask)
+    restored[boxed.window] = boxed.mask
+    np.testing.assert_array_equal(restored, mask)
+    if mask.any():
+        assert all(boxed.mask.any(axis=1)[[0, -1]])
+        assert all(boxed.mask.any(axis=0)[[0, -1]])
+    else:
+        assert boxed.mask.shape == (0, 0)
+
+
+@given(masks)
+def test_rle_from_the_box_is_pycocotools_rle_of_the_frame(mask):
+    expected = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    rle = mask_to_rle(box_mask(mask), mask.shape)
+    assert rle == {"size": list(mask.shape), "counts": expected["counts"].decode()}
+    assert json.loads(json.dumps(rle)) == rle
+
+
+def test_runs_that_touch_over_the_column_end_are_one_run():
+    mask = np.zeros((3, 3), bool)
+    mask[1:, 0] = mask[:2, 1] = True
+    rle = mask_to_rle(box_mask(mask), (3, 3))
+    assert rle["counts"] == mask_util.frPyObjects({"size": [3, 3], "counts": [1, 4, 4]}, 3, 3)[
+        "counts"
+    ].decode("ascii")
+
+
+def test_annotation_by_hand():
+    mask = np.zeros((6, 8), np.uint8)
+    mask[2:4, 3:7] = 255
+    mask[3, 6] = 0
+    annotation = mask_to_annotation(box_mask(mask), (6, 8))
+    assert annotation["bbox"] == [3, 2, 4, 2]
+    assert annotation["area"] == 7
+    assert annotation["iscrowd"] == 0
+    assert annotation["category_id"] == 1
+    np.testing.assert_array_equal(mask_util.decode(annotation["segmentation"]), mask > 0)
+
+
+def test_label_image_with_gaps_pieces_and_huge_labels():
+    labels = np.array([[0, 7, 7], [2**30, 0, 0], [2**30, 0, 7]], np.int32)
+    (first, a), (second, b) = label_image_to_masks(labels)
+    assert (first, second) == (7, 2**30)
+    assert (a.top, a.left, a.mask.tolist()) == (0, 1, [[1, 1], [0, 0], [0, 1]])
+    assert (b.top, b.left, b.mask.tolist()) == (1, 0, [[1], [1]])
+
+
+def test_label_image_without_background_and_without_labels():
+    assert [value for value, _ in label_image_to_masks(np.array([[3, 5]]))] == [3, 5]
+    assert label_image_to_masks(np.zeros((4, 4), np.int32)) == []
+
+
+@given(hnp.arrays(np.int32, (6, 7), elements=st.integers(0, 5)))
+def test_label_image_survives_the_way_through_masks(labels):
+    pairs = label_image_to_masks(labels)
+    painted = masks_to_label_image([mask for _, mask in pairs], labels.shape)
+    values = np.array([0, *(value for value, _ in pairs)])
+    np.testing.assert_array_equal(values[painted], labels)
+
+
+def test_overlap_goes_to_the_smaller_mask_and_of_equals_to_the_earlier():
+    large, first, second = np.zeros((3, 1, 6), bool)
+    large[0, :4] = True
+    first[0, 2:5] = True
+    second[0, 3:6] = True
+    labels = masks_to_label_image([box_mask(m) for m in (large, first, second)], (1, 6))
+    assert labels.tolist() == [[1, 1, 2, 2, 2, 3]]
+    assert labels.dtype == np.uint16
+
+
+def test_more_nuclei_than_16_bits_hold():
+    one = box_mask(np.ones((1, 1)))
+    assert masks_to_label_image([one] * 65535, (1, 1)).tolist() == [[1]]
+    with pytest.raises(NucleiError, match=r"65536 nuclei .* 65535"):
+        masks_to_label_image([one] * 65536, (1, 1))
+
+
+def square(image_id=1, **fields):
+    """Annotation of the pixels of rows 1..3, columns 2..3 of a 6 x 5 image, as a polygon."""
+    polygon = [[2, 1, 4, 1, 4, 4, 2, 4]]
+    return {"id": 1, "image_id": image_id, "category_id": 9, "iscrowd": 0, "area": 6} | {
+        "bbox": [2, 1, 2, 3],
+        "segmentation": polygon,
+        **fields,
+    }
+
+
+def coco(annotations, **fields):
+    image = {"id": 1, "file_name": "images/a.png", "height": 6, "width": 5}
+    categories = [{"id": 4, "name": "tumour"}, {"id": 9, "name": "stroma"}]
+    return {"images": [image], "annotations": annotations, "categories": categories, **fields}
+
+
+def save(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+PLAIN = {"size": [6, 5], "counts": [13, 3, 3, 3, 8]}
+COMPRESSED = PLAIN | {"counts": mask_util.frPyObjects(PLAIN, 6, 5)["counts"].decode()}
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[2, 1, 4, 1, 4, 4, 2, 4]],
+        [[2, 1, 4, 1, 4, 2, 2, 2], [2, 2, 4, 2, 4, 4, 2, 4]],
+        PLAIN,
+        COMPRESSED,
+    ],
+    ids=["polygon", "two polygons", "plain RLE", "compressed RLE"],
+)
+def test_foreign_coco_becomes_one_class_with_rle(tmp_path, segmentation):
+    path = save(tmp_path / "a.json", coco([square(segmentation=segmentation)]))
+    (record,) = load_nuclei_json(path, tmp_path)
+    (annotation,) = record["annotations"]
+    expected = np.zeros((6, 5), np.uint8)
+    expected[1:4, 2:4] = 1
+    np.testing.assert_array_equal(mask_util.decode(annotation["segmentation"]), expected)
+    assert annotation["category_id"] == 0
+    assert annotation["bbox_mode"] == BoxMode.XYWH_ABS
+    assert annotation["bbox"] == [2, 1, 2, 3]
+    assert record["file_name"] == str(tmp_path / "images/a.png")
+    assert "label_file_name" not in record
+
+
+def test_missing_box_is_made_from_the_mask(tmp_path):
+    annotation = square()
+    del annotation["bbox"]
+    (record,) = load_nuclei_json(save(tmp_path / "a.json", coco([annotation])), tmp_path)
+    assert record["annotations"][0]["bbox"] == [2, 1, 2, 3]
+
+
+def test_written_json_is_valid_coco_and_loads_with_our_fields(tmp_path):
+    mask = np.zeros((6, 5), bool)
+    mask[2:4, 1:3] = True
+    image = {
+        "file_name": "images/a.png",
+        "label_file_name": "labels/a.png",
+        "height": 6,
+        "width": 5,
+        "modality": "fluorescence",
+        "overlaps": False,
+    }
+    annotation = mask_to_annotation(box_mask(mask), (6, 5))
+    path = tmp_path / "annotations" / "set.json"
+    write_coco_json(
+        path,
+        [
+            {"id": 3, **image, "annotations": [annotation, annotation]},
+            {"id": 8, **image, "annotations": []},
+            {"id": 9, **image, "annotations": [annotation]},
+        ],
+    )
+    api = COCO(str(path))
+    assert sorted(api.anns) == [1, 2, 3]
+    assert [api.anns[k]["image_id"] for k in (1, 2, 3)] == [3, 3, 9]
+    np.testing.assert_array_equal(api.annToMask(api.anns[3]), mask)
+    records = load_nuclei_json(path, tmp_path, "test_coco_written")
+    assert [len(r["annotations"]) for r in records] == [2, 0, 1]
+    assert records[0]["label_file_name"] == str(tmp_path / "labels/a.png")
+    assert records[0]["modality"] == "fluorescence"
+    assert records[0]["overlaps"] is False
+    metadata = MetadataCatalog.get("test_coco_written")
+    assert metadata.thing_classes == ["nucleus"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {1: 0}
+
+
+two_images = [{"id": 1, "file_name": n, "height": 6, "width": 5} for n in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "no list of images"),
+        ({"images": []}, "no list of annotations"),
+        (coco([{"id": 1}]), r"annotations\[0\] lacks image_id, category_id"),
+        (coco([], images=[{"id": 1, "file_name": "a"}]), r"images\[0\] lacks height, width"),
+        (coco([], images=two_images), "id 1 occurs twice among its images"),
+        (coco([square(), square()]), "id 1 occurs twice among its annotations"),
+        (coco([square(image_id=5)]), "annotation 1 belongs to image 5"),
+        (coco([square(segmentation=[])]), r"images/a\.png: .* no segmentation"),
+        (coco([square(segmentation={"size": [5, 6], "counts": [30]})]), "broken segmentation"),
+        (coco([square(bbox=[])]), "no COCO instance JSON"),
+    ],
+)
+def test_broken_content_is_one_line_that_names_the_file(tmp_path, content, message):
+    path = save(tmp_path / "broken.json", content)
+    with pytest.raises(NucleiError, match=message) as caught:
+        load_nuclei_json(path, tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_truncated_json(tmp_path):
+    with pytest.raises(NucleiError, match=r"nothing\.json"):
+        load_nuclei_json(tmp_path / "nothing.json", tmp_path)
+    (tmp_path / "half.json").write_text('{"images": [')
+    with pytest.raises(NucleiError, match=r"half\.json: broken JSON"):
+        load_nuclei_json(tmp_path / "half.json", tmp_path)

@@ -1,0 +1,320 @@
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from nuclei_d2.data.datasets.coco import box_mask
+from nuclei_d2.data.datasets.formats import list_dsb2018
+from nuclei_d2.data.datasets.prepare import (
+    Listing,
+    NamedMask,
+    Record,
+    accounting_table,
+    argument_parser,
+    guess_modality,
+    hash_split,
+    parse_split,
+    prepare,
+    select_masks,
+)
+from nuclei_d2.data.datasets.sources import SourceFile
+from nuclei_d2.data.image_io import read_label
+from nuclei_d2.utils.errors import NucleiError
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Picklable reader of masks given as strings of rows: "." is background."""
+
+    pictures: tuple[str, ...]
+
+    def __call__(self, height, width):
+        return [NamedMask(f"m{k}", box_mask(draw(p))) for k, p in enumerate(self.pictures)]
+
+
+def draw(picture):
+    return np.array([[c != "." for c in row] for row in picture.split()])
+
+
+def record(folder, image_id, pictures=("xx.. ....",), split="train", **fields):
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(np.arange(8, dtype=np.uint8).reshape(2, 4)).save(folder / f"{image_id}.png")
+    source = SourceFile(str(folder), f"{image_id}.png")
+    return Record(image_id, split, source, Masks(tuple(pictures)), **fields)
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def load(folder, name):
+    return COCO(str(folder / "annotations" / f"{name}.json"))
+
+
+def test_default_split_is_the_fold_of_sha256():
+    for image_id in map(str, range(300)):
+        fold = int(hashlib.sha256(image_id.encode()).hexdigest(), 16) % 10
+        assert hash_split(image_id) == {0: "test", 1: "val"}.get(fold, "train")
+
+
+def test_split_shares_are_met_and_zero_and_one_are_exact():
+    splits = [hash_split(f"image {k}", val=0.25, test=0.05) for k in range(4000)]
+    assert splits.count("val") / 4000 == pytest.approx(0.25, abs=0.03)
+    assert splits.count("test") / 4000 == pytest.approx(0.05, abs=0.015)
+    assert {hash_split(str(k), val=0, test=0) for k in range(200)} == {"train"}
+    assert {hash_split(str(k), val=0, test=1) for k in range(200)} == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (np.array([10, 10, 10, 250]), "fluorescence"),
+        (np.array([300, 310, 320, 4000]), "fluorescence"),
+        (np.array([0.01, 0.02, 0.02, 0.9]), "fluorescence"),
+        (np.array([230, 225, 228, 60]), "brightfield"),
+        (np.array([3000, 3100, 3050, 500]), "brightfield"),
+        (np.array([3, 3, 4, 4]), "fluorescence"),  # an empty field, far from full scale
+    ],
+)
+def test_modality_of_grey_images(pixels, expected):
+    image = pixels.reshape(2, 2, 1).astype(np.float32)
+    assert guess_modality(image) == expected
+    assert guess_modality(np.repeat(image, 3, axis=2)) == expected
+
+
+def test_modality_of_coloured_images():
+    stained = np.full((4, 4, 3), (220, 160, 200), np.float32)
+    assert guess_modality(stained) == "histology"
+    blue = np.zeros((4, 4, 3), np.float32)
+    blue[0, 0, 2] = 200
+    assert guess_modality(blue) == "fluorescence"
+
+
+def test_every_dropped_mask_has_its_reason():
+    pictures = [
+        "xxx. xx..",  # 0: large; keeps what 1 and 4 leave
+        "xx.. ....",  # 1
+        ".... ....",  # 2: empty
+        "xx.. ....",  # 3: duplicate of 1
+        ".... x...",  # 4
+        ".xx. ....",  # 5: as large as 1, later: keeps one pixel
+        "xx.. x...",  # 6: covered by 1 and 4
+    ]
+    labels, kept, dropped = select_masks(Masks(tuple(pictures))(2, 4), (2, 4))
+    assert kept == [0, 1, 4, 5]
+    assert labels.tolist() == [[2, 2, 4, 0], [3, 1, 0, 0]]
+    assert dropped == [
+        {"mask": "m2", "reason": "empty"},
+        {"mask": "m3", "reason": "duplicate", "of": "m1"},
+        {"mask": "m6", "reason": "wholly hidden"},
+    ]
+
+
+def test_labels_follow_the_annotations_and_the_accounting_adds_up(tmp_path):
+    records = [
+        record(tmp_path / "in", "b", ["xx.. xx..", ".... ....", ".x.. ....", "...x x..."]),
+        record(tmp_path / "in", "a", [], split="val", modality="histology"),
+        record(tmp_path / "in", "c", ["xx.. ...."], split="val"),
+    ]
+    report = prepare(Listing(records, {"x.png": "no masks"}), "set", root=tmp_path, progress=False)
+    folder = tmp_path / "set"
+    api = load(folder, "set_train")
+    (image,) = api.dataset["images"]
+    assert image == {
+        "id": 2,
+        "file_name": "images/b.png",
+        "height": 2,
+        "width": 4,
+        "label_file_name": "labels/b.png",
+        "modality": "fluorescence",
+        "overlaps": True,
+    }
+    masks = [api.annToMask(a) for a in api.dataset["annotations"]]
+    assert [m.tolist() for m in masks] == [
+        [[1, 1, 0, 0], [1, 1, 0, 0]],
+        [[0, 1, 0, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 1], [1, 0, 0, 0]],
+    ]
+    labels = Image.open(folder / "labels/b.png")
+    assert labels.mode == "I;16"
+    assert np.array(labels).tolist() == [[1, 2, 0, 3], [3, 1, 0, 0]]
+    assert (folder / "images/b.png").read_bytes() == (tmp_path / "in/b.png").read_bytes()
+    assert [i["modality"] for i in load(folder, "set_val").dataset["images"]] == [
+        "histology",
+        "fluorescence",
+    ]
+    assert json.loads((folder / "preparation.json").read_text()) == report
+    assert report["masks_found"] == 5
+    assert report["masks_kept"] == 4
+    assert report["masks_dropped"] == {"empty": 1}
+    assert report["masks_noted"] == {"overlapping": 3, "disconnected fragments": 1}
+    assert report["dropped"] == [{"image_id": "b", "mask": "m1", "reason": "empty"}]
+    assert report["skipped"] == [{"file": "x.png", "reason": "no masks"}]
+    assert report["images_without_nuclei"] == 1
+    assert report["splits"]["val"] == {
+        "images": 2,
+        "nuclei": 1,
+        "modalities": {
+            "histology": {"images": 1, "nuclei": 0},
+            "fluorescence": {"images": 1, "nuclei": 1},
+        },
+    }
+    table = accounting_table(report)
+    assert "+ dropped: empty" in table
+    assert "no image in test" in table
+
+
+def test_second_run_and_other_worker_counts_give_the_same_bytes(tmp_path):
+    records = [record(tmp_path / "in", f"i{k}", ["x... ....", ".x.. ...."]) for k in range(6)]
+    for root, workers in (("one", 1), ("two", 2)):
+        prepare(Listing(records), "set", root=tmp_path / root, workers=workers, progress=False)
+    once = contents(tmp_path / "one")
+    assert len(once) == 6 + 6 + 2
+    assert contents(tmp_path / "two") == once
+    prepare(Listing(records[::-1]), "set", root=tmp_path / "one", workers=1, progress=False)
+    assert contents(tmp_path / "one") == once
+
+
+def test_modalities_have_names_of_their_own(tmp_path):
+    records = [
+        record(tmp_path / "in", "a", modality="fluorescence"),
+        record(tmp_path / "in", "b", modality="histology", split="test"),
+    ]
+    prepare(Listing(records), "set", root=tmp_path, by_modality=True, progress=False)
+    folder = tmp_path / "set"
+    sizes = {p.stem: len(load(folder, p.stem).imgs) for p in (folder / "annotations").iterdir()}
+    assert sizes == {
+        "set_train": 1,
+        "set_test": 1,
+        "set_fluorescence_train": 1,
+        "set_fluorescence_test": 0,
+        "set_histology_train": 0,
+        "set_histology_test": 1,
+    }
+
+
+def test_one_modality_prepares_nothing_else(tmp_path):
+    records = [record(tmp_path / "in", k, modality=m) for k, m in (("a", "x"), ("b", "y"))]
+    options = {"root": tmp_path, "by_modality": True, "progress": False}
+    prepare(Listing(records), "set", modality="y", **options)
+    assert set(contents(tmp_path / "set")) == {
+        Path("images/b.png"),
+        Path("labels/b.png"),
+        Path("annotations/set_y_train.json"),
+        Path("preparation.json"),
+    }
+    with pytest.raises(NucleiError, match="no z image among the 2"):
+        prepare(Listing(records), "set", modality="z", **options)
+
+
+def test_another_split_leaves_no_image_in_two(tmp_path):
+    one = record(tmp_path / "in", "a")
+    options = {"root": tmp_path, "progress": False}
+    prepare(Listing([one]), "set", split_rule="first", **options)
+    prepare(Listing([replace(one, split="val")]), "set", split_rule="first", **options)
+    names = {p.name for p in (tmp_path / "set/annotations").iterdir()}
+    assert names == {"set_train.json", "set_val.json"}  # same rule: other sources, both are valid
+    prepare(Listing([replace(one, split="test")]), "set", split_rule="second", **options)
+    names = {p.name for p in (tmp_path / "set/annotations").iterdir()}
+    assert names == {"set_test.json"}
+
+
+@pytest.mark.parametrize("image_id", ["", ".hidden", "..", "a/b", "a\\b", "C:x", "a\nb", "x" * 201])
+def test_ids_that_are_no_file_names(tmp_path, image_id):
+    bad = replace(record(tmp_path / "in", "a"), image_id=image_id)
+    with pytest.raises(NucleiError, match="cannot be a file name"):
+        prepare(Listing([bad]), "set", root=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_that_differ_by_case_only(tmp_path):
+    records = [record(tmp_path / "in", "a"), record(tmp_path / "in2", "A")]
+    with pytest.raises(NucleiError, match=r"in2/A\.png and .*in/a\.png have the same id"):
+        prepare(Listing(records), "set", root=tmp_path)
+
+
+def test_nothing_to_prepare(tmp_path):
+    with pytest.raises(NucleiError, match="no annotated image"):
+        prepare(Listing([]), "set", root=tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_image_stops_the_run_and_a_repaired_one_can_be_run_again(tmp_path, workers):
+    records = [record(tmp_path / "in", f"i{k}") for k in range(4)]
+    good = (tmp_path / "in/i2.png").read_bytes()
+    (tmp_path / "in/i2.png").write_bytes(good[:50])
+    options = {"root": tmp_path / "out", "workers": workers, "progress": False}
+    with pytest.raises(NucleiError, match=r"in/i2\.png") as caught:
+        prepare(Listing(records), "set", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out/set/annotations").exists()
+    (tmp_path / "in/i2.png").write_bytes(good)
+    assert prepare(Listing(records), "set", **options)["images"] == 4
+
+
+@dataclass(frozen=True)
+class Dies:
+    def __call__(self, height, width):
+        os._exit(1)
+
+
+def test_killed_worker_is_one_line(tmp_path):
+    records = [record(tmp_path / "in", f"i{k}") for k in range(3)]
+    records[1] = replace(records[1], read_masks=Dies())
+    with pytest.raises(NucleiError, match="a worker was killed"):
+        prepare(Listing(records), "set", root=tmp_path, workers=2, progress=False)
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "set/images/a.png").mkdir(parents=True)
+    with pytest.raises(NucleiError, match=r"cannot write .*set/images/a\.png"):
+        prepare(Listing([record(tmp_path / "in", "a")]), "set", root=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("shares", ["0.8/0.2", "a/b/c", "0.8/0.1/0.2", "1.2/-0.1/-0.1"])
+def test_shares_that_are_none(shares):
+    args = argument_parser("").parse_args([])
+    args.split, args.all_to = shares, None
+    with pytest.raises(NucleiError, match="--split"):
+        parse_split(args)
+
+
+@pytest.mark.skipif("NUCLEI_DSB2018" not in os.environ, reason="needs NUCLEI_DSB2018=<zip>")
+def test_real_dsb2018_pixel_for_pixel(tmp_path):
+    """664 images, 28,986 masks; every RLE is its mask file, every label the visible part."""
+    listing = list_dsb2018([os.environ["NUCLEI_DSB2018"]])
+    report = prepare(listing, "dsb2018", root=tmp_path, by_modality=True, progress=False)
+    assert report["images"] == 664
+    assert report["masks_found"] == 28986
+    assert report["masks_found"] == report["masks_kept"] + len(report["dropped"])
+    kinds = [split["modalities"]["fluorescence"]["images"] for split in report["splits"].values()]
+    assert sum(kinds) == 541
+    dropped = {(entry["image_id"], entry["mask"]) for entry in report["dropped"]}
+    records = {record.image_id: record for record in listing.records}
+    folder, compared = tmp_path / "dsb2018", 0
+    for split in ("train", "val", "test"):
+        api = load(folder, f"dsb2018_{split}")
+        for image in api.dataset["images"]:
+            image_id = Path(image["file_name"]).stem
+            files = records[image_id].read_masks.keywords["files"]
+            files = [f for f in files if (image_id, f.path.name) not in dropped]
+            annotations = api.imgToAnns[image["id"]]
+            labels = read_label(folder / image["label_file_name"])
+            union = np.zeros(labels.shape, bool)
+            for k, (file, annotation) in enumerate(zip(files, annotations, strict=True), start=1):
+                mask = file.read(read_label) > 0
+                assert (api.annToMask(annotation) == mask).all()
+                seen = labels == k
+                assert seen.any()
+                assert (mask[seen]).all()
+                assert image["overlaps"] or (seen == mask).all()
+                union |= mask
+                compared += 1
+            assert ((labels > 0) == union).all()
+    assert compared == report["masks_kept"]
