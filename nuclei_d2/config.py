@@ -68,6 +68,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
 
 def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "NucleiRCNN"
+    # Unless a config or an option names a device, the best one that is there.
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
     # Our images are normalised to 0..255 (float).

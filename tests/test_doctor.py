@@ -32,11 +32,7 @@ def test_a_complete_installation(monkeypatch, tmp_path, capsys):
     ("module", "error"),
     [
         ("detectron2", "ModuleNotFoundError(\"No module named 'detectron2'\", name='detectron2')"),
-        pytest.param(
-            "torch",
-            "OSError('libtorch.so: undefined symbol')",
-            marks=pytest.mark.xfail(strict=True, reason="importing nuclei_d2 imports torch first"),
-        ),
+        ("torch", "OSError('libtorch.so: undefined symbol')"),
     ],
 )
 def test_a_module_that_cannot_be_imported(tmp_path, module, error):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from nuclei_d2.config import check_device, load_config
 from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
-from nuclei_d2.data.datasets.builtin import register_from_config
+from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.hooks import ValidationLoss
 from nuclei_d2.evaluation import build_evaluator
@@ -40,9 +40,15 @@ def setup(args) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg)
     register_from_config(cfg)
+    used = cfg.DATASETS.TEST if args.eval_only else _training_sets(cfg)
+    check_available(used)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
+
+
+def _training_sets(cfg: CfgNode) -> tuple[str, ...]:
+    return (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL, *cfg.DATASETS.TEST)
 
 
 class NucleiTrainer(DefaultTrainer):
@@ -60,7 +66,7 @@ class NucleiTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        # Channels last makes a CPU step in bfloat16 about 14 % faster, and suits GPUs as well.
+        # Channels last makes a bfloat16 step on a CPU about 14 % faster, and suits GPUs as well.
         return super().build_model(cfg).to(memory_format=torch.channels_last)
 
     @classmethod
@@ -132,21 +138,27 @@ class NucleiTrainer(DefaultTrainer):
         batch = next(self._batches)
         data_time = time.perf_counter() - start
 
-        amp = self.cfg.SOLVER.AMP.ENABLED
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=amp):
-            losses = self.model(batch)
-            total = sum(losses.values())
-        if not torch.isfinite(total):
-            names = ", ".join(record["file_name"] for record in batch)
-            values = {name: float(value) for name, value in losses.items()}
-            raise NucleiError(
-                f"loss is not finite at iteration {self.iter} ({values}) on the images {names}; "
-                "lower SOLVER.BASE_LR, or look at these images"
-            )
+        losses = self._forward(batch)
+        total = sum(losses.values())
         self.optimizer.zero_grad()
         total.backward()
         SimpleTrainer.write_metrics(losses, data_time, self.iter)
         self.optimizer.step()
+
+    def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        amp = self.cfg.SOLVER.AMP.ENABLED
+        try:
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=amp):
+                losses = self.model(batch)
+            if not torch.isfinite(sum(losses.values())):
+                raise FloatingPointError({name: float(value) for name, value in losses.items()})
+        except FloatingPointError as error:  # Detectron2's own for broken proposals, or ours
+            names = ", ".join(record["file_name"] for record in batch)
+            raise NucleiError(
+                f"loss is not finite at iteration {self.iter} ({error}) on the images {names}; "
+                "lower SOLVER.BASE_LR, or look at these images"
+            ) from error
+        return losses
 
 
 def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables) -> NucleiCheckpointer:

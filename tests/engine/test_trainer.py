@@ -1,0 +1,108 @@
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS, TINY_DATA_OPTS, TINY_OPTS
+
+from nuclei_d2.engine.trainer import NucleiTrainer, build_checkpointer, evaluate_and_save, setup
+from nuclei_d2.utils.errors import NucleiError
+
+
+def tiny_setup(tmp_path, *opts, config="mask_boundary_rcnn.yaml"):
+    args = argparse.Namespace(
+        config_file=str(CONFIGS / config),
+        eval_only=False,
+        opts=[
+            *TINY_OPTS,
+            *TINY_DATA_OPTS,
+            *("SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1", "TEST.EVAL_PERIOD", "2"),
+            *("SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR", str(tmp_path / "out")),
+            *opts,
+        ],
+    )
+    return setup(args)
+
+
+def train(tmp_path, *opts, resume=False):
+    cfg = tiny_setup(tmp_path, *opts)
+    trainer = NucleiTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer, trainer.train()
+
+
+def test_a_run_leaves_checkpoints_metrics_and_results(tiny_data, tmp_path):
+    _, results = train(tmp_path, "TEST.BEST_METRIC", "segm/AR")
+    out = tmp_path / "out"
+    written = json.loads((out / "results.json").read_text())
+    assert set(written) == {"tiny_test"}
+    assert set(written["tiny_test"]) == {"bbox", "segm"}
+    assert written["tiny_test"]["segm"]["AP"] == results["tiny_test"]["segm"]["AP"]
+    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    keys = set().union(*lines)
+    assert {"val/total_loss", "segm/AP", "loss_boundary", "loss_boundary_dice", "lr"} <= keys
+    for name in ("model_0000001.pth", "model_final.pth", "model_best.pth", "config.yaml"):
+        assert (out / name).is_file(), name
+
+
+def test_two_runs_with_one_seed_are_identical(tiny_data, tmp_path):
+    first, results = train(tmp_path / "a")
+    second, again = train(tmp_path / "b")
+    assert results == again or str(results) == str(again)  # NaN is not equal to itself
+    ours, theirs = first.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    other, _ = train(tmp_path / "c", "SEED", "1")
+    assert not all(torch.equal(ours[name], other.model.state_dict()[name]) for name in ours)
+
+
+def test_a_run_resumed_from_its_last_checkpoint_ends_at_the_same_iteration(tiny_data, tmp_path):
+    cfg = tiny_setup(tmp_path)
+    trainer = NucleiTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.max_iter = 3  # as if killed after iteration 2, with the checkpoint of iteration 1
+    trainer.train()
+    out = tmp_path / "out"
+    (out / "model_final.pth").unlink(missing_ok=True)
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    resumed, _ = train(tmp_path, resume=True)
+    assert resumed.start_iter == 2
+    assert resumed.iter == 4
+    state = torch.load(out / "model_final.pth", weights_only=True)
+    assert state["iteration"] == 3
+
+
+def test_evaluating_a_checkpoint_reproduces_the_run(tiny_data, tmp_path):
+    _, results = train(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
+    written = (tmp_path / "out" / "results.json").read_bytes()
+    cfg = tiny_setup(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
+    model = NucleiTrainer.build_model(cfg)
+    build_checkpointer(cfg, model).load_exactly(str(tmp_path / "out" / "model_final.pth"))
+    evaluate_and_save(cfg, model)
+    assert (tmp_path / "out" / "results.json").read_bytes() == written
+    assert results["tiny_test"]["segm"]["AR"] >= 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_iteration_and_images(tiny_data, tmp_path):
+    cfg = tiny_setup(tmp_path)
+    trainer = NucleiTrainer(cfg)
+    with torch.no_grad():
+        next(trainer.model.backbone.parameters()).fill_(float("nan"))
+    with pytest.raises(NucleiError, match=r"iteration 0 .*tiny_train_\d\.png") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+
+
+def test_missing_data_are_found_out_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nothing"))
+    with pytest.raises(NucleiError, match="no data set tiny_train"):
+        tiny_setup(tmp_path)
+    with pytest.raises(NucleiError, match=r"prepare_dsb2018\.py"):
+        tiny_setup(
+            tmp_path,
+            "DATASETS.TRAIN",
+            "('dsb2018_train',)",
+            "DATASETS.VAL",
+            "()",
+            "DATASETS.TEST",
+            "()",
+        )
