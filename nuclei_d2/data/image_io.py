@@ -15,7 +15,7 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Immerkaer's noise mask: the difference of two Laplacians, zero on any quadratic surface.
 _NOISE_MASK = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 _NORMAL_MAD = 0.6745  # median of |x| for x ~ N(0, 1)
-_NO_CONTRAST = 1e-30  # grey levels; the inverse of less overflows float32
+_TINY = 1e-20  # grey levels; keeps the scale of an all-black image finite in float32
 _MAX_LEVELS = 1 << 20  # integer images with a wider range are sorted instead of counted
 
 
@@ -179,8 +179,9 @@ def normalize(
     integer = bool((np.rint(image) == image).all())
     low, high = _percentiles(image, percentiles, integer)
     floor = max(noise_floor * estimate_noise(image), min_levels if integer else 0.0)
-    span = max(high - low, floor)
-    scaled = (image - np.float32(low)) * np.float32(255 / span if span > _NO_CONTRAST else 0)
+    rounding = np.finfo(np.float32).eps * max(image.max(), -image.min(), _TINY)
+    span = max(high - low, floor, rounding)
+    scaled = (image - np.float32(low)) * np.float32(255 / span)
     return np.clip(scaled, 0, 255, out=scaled)
 
 

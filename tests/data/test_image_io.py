@@ -228,7 +228,8 @@ def reference_normalize(image, percentiles, floor):
 def test_normalize_is_numpys_percentile(image, offset, percentiles):
     """Counted (integers) or sorted (others), the percentiles are the same."""
     image = (image + offset).astype(np.float32)
-    expected = reference_normalize(image, percentiles, 4 if offset == 0 else 1e-9)
+    rounding = np.finfo(np.float32).eps * np.abs(image).max()
+    expected = reference_normalize(image, percentiles, 4 if offset == 0 else rounding)
     result = normalize(image, percentiles, noise_floor=0, min_levels=4)
     assert result.dtype == np.float32
     assert np.abs(result - expected).max() < 0.02
@@ -250,6 +251,14 @@ def test_integers_of_a_very_wide_range_are_not_counted():
 @pytest.mark.parametrize("value", [0, 7, 65535, 0.5, -3.25])
 def test_a_constant_image_is_black(value):
     assert (normalize(np.full((32, 32, 1), value, np.float32)) == 0).all()
+
+
+@pytest.mark.parametrize("level", [1e-6, 1, 100])
+def test_sparse_bright_pixels_on_a_flat_background_stay(level):
+    """Fewer pixels than the upper percentile leaves, so both percentiles are background."""
+    image = np.full((100, 100), 0.5, np.float32)
+    image[3, 4] += level
+    assert np.argwhere(normalize(image) == 255).tolist() == [[3, 4]]
 
 
 def test_min_levels_bounds_the_stretch_of_integer_images():
