@@ -27,7 +27,7 @@ class UpsamplePredictor(nn.Module):
         num, _, height, width = x.shape
         hidden_channels = self.deconv.out_channels
         weight = self.deconv.weight.permute(2, 3, 1, 0).reshape(4 * hidden_channels, -1)
-        x = F.linear(x.permute(0, 2, 3, 1), weight, self.deconv.bias.repeat(4)).relu()
+        x = F.linear(x.permute(0, 2, 3, 1), weight, self.deconv.bias.repeat(4)).relu_()
         x = x.view(num, height, width, 2, 2, hidden_channels)
         x = F.linear(x, self.predictor.weight.flatten(1), self.predictor.bias)
         # (N, H, W, row, column, classes) -> (N, classes, H, row, W, column)

@@ -90,7 +90,7 @@ class BoundaryMaskHead(nn.Module):
                 padding=kernel_size // 2,
                 bias=not conv_norm,
                 norm=get_norm(conv_norm, conv_dim),
-                activation=F.relu,
+                activation=F.relu_,
             )
             weight_init.c2_msra_fill(layer)
             return layer
