@@ -12,7 +12,7 @@ from torch.nn import functional as F
 class SmallROIAlign(ROIAlign):
     """:class:`detectron2.layers.ROIAlign` (aligned), several times faster on CPUs for small boxes.
 
-    Same results up to float rounding. Where a box has bins no wider than a feature pixel, as
+    Same results, up to the rounding of sums. Where a box has bins no wider than a feature pixel, as
     nuclei do, adaptive sampling takes one bilinear sample per bin: a weighted sum of four feature
     vectors. ``embedding_bag`` adds whole vectors; ROIAlign's CPU kernel goes channel by channel.
     All other boxes, and other devices, take the kernel.
@@ -38,23 +38,37 @@ class SmallROIAlign(ROIAlign):
             (N, C, output_size, output_size) float32.
         """
         features = features.float()
-        bins = (rois[:, 3:] - rois[:, 1:3]) * self.spatial_scale / self.output_size[0]
+        # Half a pixel less: the centre of feature pixel i lies at i + 0.5.
+        corners = rois[:, 1:] * self.spatial_scale - 0.5
+        bins = (corners[:, 2:] - corners[:, :2]) / self.output_size[0]
         single = ((bins > 0) & (bins <= 1)).all(dim=1) & (self.sampling_ratio == 0)
         if features.device.type != "cpu" or not single.any():
             return super().forward(features, rois)
         if single.all():
-            return self._sample_bin_centres(features, rois)
+            return self._sample_bin_centres(features, rois[:, 0].long(), corners, bins)
         output = features.new_empty(len(rois), features.shape[1], *self.output_size)
-        output[single] = self._sample_bin_centres(features, rois[single])
+        output[single] = self._sample_bin_centres(
+            features, rois[single, 0].long(), corners[single], bins[single]
+        )
         output[~single] = super().forward(features, rois[~single])
         return output
 
-    def _sample_bin_centres(self, features: Tensor, rois: Tensor) -> Tensor:
+    def _sample_bin_centres(
+        self, features: Tensor, image: Tensor, corners: Tensor, bins: Tensor
+    ) -> Tensor:
+        """One bilinear sample per bin.
+
+        Args:
+            features: (B, C, H, W).
+            image: (N,) int64, index into B.
+            corners: (N, 4) XYXY; 0 is the centre of the first feature pixel.
+            bins: (N, 2) width and height of a bin, in feature pixels.
+        """
         _, channels, height, width = features.shape
         size = self.output_size[0]
-        x, x_weights = self._neighbours(rois[:, 1], rois[:, 3], width)
-        y, y_weights = self._neighbours(rois[:, 2], rois[:, 4], height)
-        rows = rois[:, 0].long()[:, None, None] * height + y
+        x, x_weights = self._neighbours(corners[:, 0], bins[:, 0], width)
+        y, y_weights = self._neighbours(corners[:, 1], bins[:, 1], height)
+        rows = image[:, None, None] * height + y
         # (N, row, column, upper or lower neighbour, left or right neighbour)
         indices = rows[:, :, None, :, None] * width + x[:, None, :, None, :]
         weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
@@ -62,22 +76,22 @@ class SmallROIAlign(ROIAlign):
         output = F.embedding_bag(
             indices.view(-1, 4), vectors, per_sample_weights=weights.view(-1, 4), mode="sum"
         )
-        return output.view(len(rois), size, size, channels).permute(0, 3, 1, 2)
+        return output.view(len(corners), size, size, channels).permute(0, 3, 1, 2)
 
-    def _neighbours(self, start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _neighbours(self, start: Tensor, bins: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Feature pixels on both sides of each bin centre along one axis, and their weights.
 
         Args:
-            start, end: (N,) sides of the boxes, in image pixels.
+            start: (N,) first corners.
+            bins: (N,) bin sizes.
             length: feature pixels along the axis.
 
         Returns:
             Indices, int64, and weights, float, both (N, bins, 2).
         """
-        centres = (torch.arange(self.output_size[0]) + 0.5) / self.output_size[0]
-        # Half a pixel less: the centre of feature pixel i lies at i + 0.5.
-        start, end = start[:, None] * self.spatial_scale, end[:, None] * self.spatial_scale
-        position = start + (end - start) * centres - 0.5
+        # The kernel's order of operations, so that even the rounding is the same.
+        offsets = torch.arange(self.output_size[0]) * bins[:, None]
+        position = start[:, None] + offsets + 0.5 * bins[:, None]
         # As in ROIAlign, the edge pixels reach half a pixel out, and all beyond is zero.
         inside = (position >= -1) & (position <= length)
         position = position.clamp(0, length - 1)

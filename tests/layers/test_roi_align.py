@@ -34,14 +34,12 @@ def both(features, rois, size, sampling_ratio):
     sampling_ratio=st.sampled_from([0, 2]),
 )
 def test_equals_roi_align(boxes, size, sampling_ratio):
-    # Smooth features: a sample that float rounding moves by 1e-5 pixels moves the value by less.
-    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
-    waves = [torch.sin(0.2 * k * x + 0.1 * y + k) for k in range(6)]
-    features = torch.stack(waves).view(2, 3, 40, 50).requires_grad_()
+    torch.manual_seed(0)
+    features = torch.rand(2, 3, 40, 50).requires_grad_()
     rois = torch.tensor([(b, x, y, x + w, y + h) for b, x, y, w, h in boxes])
     ours, reference = both(features, rois, size, sampling_ratio)
-    assert torch.allclose(ours[0], reference[0], atol=1e-4)
-    assert torch.allclose(ours[1], reference[1], atol=1e-2)
+    assert torch.allclose(ours[0], reference[0], atol=1e-5)
+    assert torch.allclose(ours[1], reference[1], atol=1e-4)
 
 
 def test_box_of_feature_pixels_returns_them():
