@@ -96,6 +96,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
 
 def _add_solver_keys(cfg: CfgNode) -> None:
+    cfg.SOLVER.OPTIMIZER = "SGD"  # "SGD" or "AdamW"
     # SOLVER.AMP.ENABLED means bfloat16 autocast here, on CUDA devices and CPUs alike.
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"  # of each parameter, as Detectron2 does
@@ -119,6 +120,7 @@ _CHOICES = {
     "INPUT.CROP.TYPE": ("absolute",),
     "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
     "MODEL.ROI_MASK_HEAD.BOUNDARY.TARGET": ("exact", "paper"),
+    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
 }
 
 

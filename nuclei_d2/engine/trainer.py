@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
@@ -68,6 +70,21 @@ class NucleiTrainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         # Channels last makes a bfloat16 step on a CPU about 14 % faster, and suits GPUs as well.
         return super().build_model(cfg).to(memory_format=torch.channels_last)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD as Detectron2 builds it, or AdamW with the same parameter groups and clipping."""
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        )
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(params, lr=cfg.SOLVER.BASE_LR)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
