@@ -7,8 +7,10 @@ them in parallel processes, accounts for every mask and writes the data set.
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -209,9 +211,7 @@ def _run_parallel(
     workers = min(workers, len(records))
     pool = nullcontext()
     if workers > 1:
-        # Ctrl-C is for this process, which then stops the others.
-        ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        pool = ProcessPoolExecutor(workers, initializer=ignore)
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
         with pool:
             results = pool.map(work, records) if workers > 1 else map(work, records)
@@ -219,6 +219,17 @@ def _run_parallel(
             return list(bar)
     except BrokenProcessPool as error:
         raise NucleiError("a worker was killed (memory?); try again with --workers 1") from error
+
+
+def _start_worker() -> None:
+    # Ctrl-C is for the parent, which then stops its workers; if it is killed, they go too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @dataclass

@@ -1,10 +1,14 @@
 import hashlib
+import io
 import json
+import multiprocessing
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
@@ -271,6 +275,46 @@ def test_killed_worker_is_one_line(tmp_path):
         prepare(Listing(records), "set", root=tmp_path, workers=2, progress=False)
 
 
+@dataclass(frozen=True)
+class Slow:
+    """Writes its process id and waits."""
+
+    folder: str
+
+    def __call__(self, height, width):
+        Path(self.folder, str(os.getpid())).touch()
+        time.sleep(60)
+
+
+def test_workers_go_when_the_run_is_killed(tmp_path):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    records = [
+        replace(record(tmp_path / "in", f"i{k}"), read_masks=Slow(str(pids))) for k in range(2)
+    ]
+    options = {"root": tmp_path, "workers": 2, "progress": False}
+    run = multiprocessing.get_context("fork").Process(
+        target=prepare, args=(Listing(records), "set"), kwargs=options
+    )
+    run.start()
+    wait_for(lambda: len(list(pids.iterdir())) == 2)
+    run.kill()
+    run.join()
+    wait_for(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()))
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    # A zombie, which nobody may be there to reap, has ended.
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "set/images/a.png").mkdir(parents=True)
     with pytest.raises(NucleiError, match=r"cannot write .*set/images/a\.png"):
@@ -308,7 +352,7 @@ def test_real_dsb2018_pixel_for_pixel(tmp_path):
             labels = read_label(folder / image["label_file_name"])
             union = np.zeros(labels.shape, bool)
             for k, (file, annotation) in enumerate(zip(files, annotations, strict=True), start=1):
-                mask = file.read(read_label) > 0
+                mask = np.asarray(Image.open(io.BytesIO(file.read_bytes()))) > 0
                 assert (api.annToMask(annotation) == mask).all()
                 seen = labels == k
                 assert seen.any()
