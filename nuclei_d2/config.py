@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
 
 from nuclei_d2.utils.errors import NucleiError
 
@@ -123,6 +125,15 @@ _CHOICES = {
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
 }
 
+# Names that must be registered, by our package, Detectron2 or the user's own code.
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+}
+
 
 def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     """Default config <- ``config_file`` <- ``opts`` (``KEY VALUE KEY VALUE ...``).
@@ -192,15 +203,20 @@ def _unknown_key(cfg: CfgNode, key: str) -> str:
 def check_config(cfg: CfgNode) -> None:
     """Raise :class:`NucleiError` for a choice that is none, listing the valid ones."""
     for key, choices in _CHOICES.items():
-        node = cfg
-        for part in key.split("."):
-            node = node[part]
-        check_choice(key, node, choices)
+        check_choice(key, _value(cfg, key), choices)
+    for key, registry in _REGISTRIES.items():
+        check_choice(key, _value(cfg, key), sorted(name for name, _ in registry))
     for entry in cfg.DATASETS.CUSTOM:
         if len(entry) != 3:
             raise NucleiError(
                 f"DATASETS.CUSTOM: an entry is [name, annotation JSON, image folder], got {entry}"
             )
+
+
+def _value(cfg: CfgNode, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
 
 
 def check_device(cfg: CfgNode) -> None:

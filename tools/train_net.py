@@ -5,6 +5,7 @@ tools/train_net.py --config-file configs/mask_boundary_rcnn.yaml
 tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
+import torch
 from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import print_csv_format, verify_results
 from detectron2.utils import comm
@@ -13,10 +14,11 @@ from nuclei_d2.engine.trainer import (
     NucleiTrainer,
     build_checkpointer,
     by_task,
+    checked_config,
     evaluate_and_save,
     setup,
 )
-from nuclei_d2.utils.errors import run_tool
+from nuclei_d2.utils.errors import NucleiError, run_tool
 
 
 def main(args):
@@ -39,6 +41,12 @@ def main(args):
 
 def cli():
     args = default_argument_parser(__doc__).parse_args()
+    if args.num_gpus > max(torch.cuda.device_count(), 1):
+        raise NucleiError(
+            f"--num-gpus is {args.num_gpus} but {torch.cuda.device_count()} are here; "
+            "leave it out to train on one GPU or on the CPU"
+        )
+    checked_config(args)  # here, before there are many processes to complain
     launch(
         main,
         args.num_gpus,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -59,3 +59,14 @@ def _frozen_norms(model: nn.Module) -> Iterator[None]:
     yield
     for norm in norms:
         norm.train()
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's hook that also remembers the best score across ``--resume``."""
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_metric = state["best_metric"]
+        self.best_iter = state["best_iter"]

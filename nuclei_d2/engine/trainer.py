@@ -22,8 +22,9 @@ from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
-from nuclei_d2.engine.hooks import ValidationLoss
+from nuclei_d2.engine.hooks import BestCheckpointer, ValidationLoss
 from nuclei_d2.evaluation import build_evaluator
+from nuclei_d2.modeling import build_model
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 
@@ -39,18 +40,24 @@ def setup(args) -> CfgNode:
     Returns:
         The frozen config, written to ``OUTPUT_DIR/config.yaml`` as well.
     """
-    cfg = load_config(args.config_file, args.opts)
-    check_device(cfg)
-    register_from_config(cfg)
-    used = cfg.DATASETS.TEST if args.eval_only else _training_sets(cfg)
-    check_available(used)
+    cfg = checked_config(args)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
 
 
-def _training_sets(cfg: CfgNode) -> tuple[str, ...]:
-    return (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL, *cfg.DATASETS.TEST)
+def checked_config(args) -> CfgNode:
+    """The config of a run, after everything that can be wrong before it starts was looked at.
+
+    Raises:
+        NucleiError: a wrong config, a device or a data set that is not there.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    check_device(cfg)
+    register_from_config(cfg)
+    training_sets = () if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL)
+    check_available((*training_sets, *cfg.DATASETS.TEST))
+    return cfg
 
 
 class NucleiTrainer(DefaultTrainer):
@@ -68,8 +75,7 @@ class NucleiTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        # Channels last makes a bfloat16 step on a CPU about 14 % faster, and suits GPUs as well.
-        return super().build_model(cfg).to(memory_format=torch.channels_last)
+        return build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -127,9 +133,7 @@ class NucleiTrainer(DefaultTrainer):
             validate = lambda: by_task(evaluate(cfg, self.model, cfg.DATASETS.VAL))  # noqa: E731
             built.append(hooks.EvalHook(period, validate))
             if comm.is_main_process():
-                built.append(
-                    hooks.BestCheckpointer(period, self.checkpointer, cfg.TEST.BEST_METRIC)
-                )
+                built.append(BestCheckpointer(period, self.checkpointer, cfg.TEST.BEST_METRIC))
         if comm.is_main_process():
             built.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return built

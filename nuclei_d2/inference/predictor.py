@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from nuclei_d2.config import check_device
 from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.image_io import ImageNormalizer, read_image
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
+from nuclei_d2.modeling import build_model
 
 
 class NucleiPredictor:

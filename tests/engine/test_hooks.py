@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from nuclei_d2.engine.hooks import ValidationLoss
+from nuclei_d2.engine.hooks import BestCheckpointer, ValidationLoss
 
 
 class Model(nn.Module):
@@ -39,3 +39,11 @@ def test_measuring_leaves_no_trace_in_training():
     assert model.norm.training
     assert model.norm.running_mean.item() == 0
     assert model.weight.grad is None
+
+
+def test_the_best_score_survives_a_resume():
+    hook = BestCheckpointer(1, checkpointer=None, val_metric="segm/AP")
+    hook.best_metric, hook.best_iter = 41.5, 999
+    resumed = BestCheckpointer(1, checkpointer=None, val_metric="segm/AP")
+    resumed.load_state_dict(hook.state_dict())
+    assert (resumed.best_metric, resumed.best_iter) == (41.5, 999)

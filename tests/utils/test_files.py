@@ -23,6 +23,13 @@ def test_a_disk_error_names_the_file(tmp_path):
         raise OSError(28, "No space left on device")
 
 
+def test_a_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    expected = pytest.raises(NucleiError, match=r"cannot write .*out\.bin")
+    with expected, atomic_path(tmp_path / "file" / "out.bin") as temporary:
+        temporary.write_bytes(b"x")
+
+
 def test_the_temporary_file_keeps_the_suffix(tmp_path):
     with atomic_path(tmp_path / "a" / "image.png") as temporary:
         assert temporary.suffix == ".png"

@@ -209,16 +209,15 @@ class Proposal:
     def to_config(self) -> dict:
         """The settings as nested config keys."""
         # Proposals are counted before classification and suppression, so twice the cap.
+        # Training sees crops: its own numbers are a matter of speed, and stay.
         topk = max(1000, 2 * self.detections)
         return {
             "INPUT": {"SCALE": self.scale, "CROP": {"SIZE": [self.crop, self.crop]}},
             "MODEL": {
                 "ANCHOR_GENERATOR": {"SIZES": [list(sizes) for sizes in self.anchors]},
                 "RPN": {
-                    "PRE_NMS_TOPK_TRAIN": 2 * topk,  # for each pyramid level
-                    "PRE_NMS_TOPK_TEST": topk,
-                    "POST_NMS_TOPK_TRAIN": topk,  # for each image
-                    "POST_NMS_TOPK_TEST": topk,
+                    "PRE_NMS_TOPK_TEST": topk,  # for each pyramid level
+                    "POST_NMS_TOPK_TEST": topk,  # for each image
                 },
             },
             "TEST": {"DETECTIONS_PER_IMAGE": self.detections},
