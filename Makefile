@@ -28,9 +28,10 @@ quickstart: install
 	$(BIN)/python tools/train_net.py --config-file configs/quick_schedules/quickstart.yaml \
 	  OUTPUT_DIR $(QUICKSTART)
 	$(BIN)/python tools/demo.py --config-file $(QUICKSTART)/config.yaml \
-	  --input $(DETECTRON2_DATASETS)/synthetic/images/test_000*.png \
+	  --input $(DETECTRON2_DATASETS)/synthetic/images/test_00*.png \
 	  --ground-truth $(DETECTRON2_DATASETS)/synthetic/labels --boundaries \
 	  --output $(QUICKSTART)/demo --opts MODEL.WEIGHTS $(QUICKSTART)/model_final.pth
+	@echo "Look at $(QUICKSTART)/demo/*.png; the numbers are in $(QUICKSTART)/results.json"
 
 test: install
 	$(BIN)/ruff format --check .

@@ -18,6 +18,8 @@ def add_nuclei_config(cfg: CfgNode) -> None:
     """Add nuclei_d2's keys, with their defaults, to Detectron2's default config in place."""
     _add_data_keys(cfg)
     _add_model_keys(cfg)
+    _add_unet_keys(cfg)
+    _add_classical_keys(cfg)
     _add_solver_keys(cfg)
     _add_test_keys(cfg)
 
@@ -97,6 +99,53 @@ def _add_model_keys(cfg: CfgNode) -> None:
     head.BOUNDARY.DICE_WEIGHT = 1.0
 
 
+def _add_unet_keys(cfg: CfgNode) -> None:
+    # UNet: predict classes for every pixel, then decode them into nuclei. Its encoder is
+    # MODEL.BACKBONE.NAME: build_unet_encoder or build_resnet_backbone.
+    cfg.MODEL.UNET = CfgNode()
+    # "two_class": nucleus or background, decoded by connected components.
+    # "boundary": background, interior, boundary.
+    # "distance": nucleus or background, and the depth inside the nucleus; watershed.
+    cfg.MODEL.UNET.TARGET = "boundary"
+    # The boundary target and the decoder made for it. "inner": the outermost pixel of every
+    # nucleus, watershed from the interiors. "thick": two pixels, components of the interior
+    # dilated (Caicedo et al. 2019).
+    cfg.MODEL.UNET.BOUNDARY = "inner"
+    cfg.MODEL.UNET.DEPTH = 4  # levels of build_unet_encoder; resolution halves at each
+    # Channels at full resolution; doubled at every level, up to 8 times as many.
+    cfg.MODEL.UNET.WIDTH = 64
+    cfg.MODEL.UNET.NORM = "BN"  # as Detectron2's NORM keys: "", "BN", "SyncBN", "GN"
+    # Weights of the classes in the cross-entropy, in the order above; [] weighs them equally.
+    cfg.MODEL.UNET.CLASS_WEIGHTS = []
+    cfg.MODEL.UNET.CE_WEIGHT = 1.0  # of the cross-entropy
+    cfg.MODEL.UNET.DICE_WEIGHT = 1.0  # of the Dice loss over all classes but the background
+    cfg.MODEL.UNET.DISTANCE_WEIGHT = 5.0  # of the smooth L1 loss of the depth
+    # Decoders; tools/tune_decoder.py fits these four. Areas are in pixels as the network sees
+    # them, that is after INPUT.SCALE.
+    cfg.MODEL.UNET.DECODER = CfgNode()
+    cfg.MODEL.UNET.DECODER.THRESHOLD = 0.5  # least probability of the foreground
+    cfg.MODEL.UNET.DECODER.SEED_THRESHOLD = 0.5  # least interior probability, or depth, of a seed
+    cfg.MODEL.UNET.DECODER.MIN_AREA = 10  # smaller nuclei are dropped
+    cfg.MODEL.UNET.DECODER.HOLE_AREA = 50  # holes in a nucleus up to this size are filled
+
+
+def _add_classical_keys(cfg: CfgNode) -> None:
+    # Classical: smoothing, threshold, distance watershed; nothing is trained. Lengths are in
+    # pixels after INPUT.SCALE.
+    cfg.MODEL.CLASSICAL = CfgNode()
+    cfg.MODEL.CLASSICAL.SIGMA = 1.0  # standard deviation of the Gaussian smoothing
+    cfg.MODEL.CLASSICAL.THRESHOLD = "otsu"  # one for the image: "otsu", or "local"
+    cfg.MODEL.CLASSICAL.LOCAL_SIZE = 101  # window of the local threshold, odd
+    # No pixel below this grey level (0..255, after normalisation) is nucleus.
+    cfg.MODEL.CLASSICAL.MIN_LEVEL = 25.0
+    cfg.MODEL.CLASSICAL.DARK_NUCLEI = False  # True: dark nuclei on bright ground
+    # Two maxima of the distance to the background are two nuclei if they are deeper than the
+    # saddle between them by this.
+    cfg.MODEL.CLASSICAL.MIN_DEPTH = 0.75
+    cfg.MODEL.CLASSICAL.MIN_AREA = 20  # smaller nuclei are dropped
+    cfg.MODEL.CLASSICAL.HOLE_AREA = 200  # holes in a nucleus up to this size are filled
+
+
 def _add_solver_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"  # "SGD" or "AdamW"
     # SOLVER.AMP.ENABLED means bfloat16 autocast here, on CUDA devices and CPUs alike.
@@ -112,7 +161,7 @@ def _add_test_keys(cfg: CfgNode) -> None:
     # One cap for the model and the evaluator: about 1.5 x the fullest image
     # (tools/analyze_dataset.py proposes it).
     cfg.TEST.DETECTIONS_PER_IMAGE = 600
-    # Number on DATASETS.VAL that chooses model_best.pth.
+    # Number on DATASETS.VAL that chooses model_best.pth; with several sets "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = "segm/AP"
 
 
@@ -122,6 +171,9 @@ _CHOICES = {
     "INPUT.CROP.TYPE": ("absolute",),
     "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
     "MODEL.ROI_MASK_HEAD.BOUNDARY.TARGET": ("exact", "paper"),
+    "MODEL.UNET.TARGET": ("two_class", "boundary", "distance"),
+    "MODEL.UNET.BOUNDARY": ("inner", "thick"),
+    "MODEL.CLASSICAL.THRESHOLD": ("otsu", "local"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
 }
 
