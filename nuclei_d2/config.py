@@ -139,9 +139,8 @@ def _add_classical_keys(cfg: CfgNode) -> None:
     # No pixel below this grey level (0..255, after normalisation) is nucleus.
     cfg.MODEL.CLASSICAL.MIN_LEVEL = 25.0
     cfg.MODEL.CLASSICAL.DARK_NUCLEI = False  # True: dark nuclei on bright ground
-    # Two maxima of the distance to the background are two nuclei if they are deeper than the
-    # saddle between them by this.
-    cfg.MODEL.CLASSICAL.MIN_DEPTH = 0.75
+    # Of places deepest inside the foreground that are closer than this, one becomes a nucleus.
+    cfg.MODEL.CLASSICAL.MIN_DISTANCE = 6
     cfg.MODEL.CLASSICAL.MIN_AREA = 20  # smaller nuclei are dropped
     cfg.MODEL.CLASSICAL.HOLE_AREA = 200  # holes in a nucleus up to this size are filled
 

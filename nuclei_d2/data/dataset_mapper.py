@@ -1,5 +1,6 @@
 """Dataset dict -> what the model is trained or evaluated on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import ndimage
 
 from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
+from nuclei_d2.data.targets import build_target
 from nuclei_d2.structures import LabelMasks
 from nuclei_d2.utils.errors import NucleiError
 
@@ -27,7 +29,8 @@ class NucleiDatasetMapper:
         image: float32 (3, H, W), 0..255, channels in INPUT.FORMAT order;
         height, width: of the file;
         instances (training only): ``gt_boxes`` (tight), ``gt_classes`` (0), ``gt_masks``
-            (:class:`LabelMasks`), of length 0 for an empty image.
+            (:class:`LabelMasks`), of length 0 for an empty image;
+        what MODEL.META_ARCHITECTURE needs besides (training only), see :func:`build_target`.
 
     Raises:
         NucleiError: a file cannot be read, or image, label image and annotations do not fit.
@@ -41,6 +44,7 @@ class NucleiDatasetMapper:
         augmentations: list[T.Augmentation | T.Transform],
         normalizer: ImageNormalizer,
         min_instance_area: int = 1,
+        target: Callable[[np.ndarray], dict[str, torch.Tensor]] | None = None,
     ) -> None:
         """
         Args:
@@ -48,11 +52,13 @@ class NucleiDatasetMapper:
             augmentations: applied to the normalised image and the labels.
             normalizer: the one that inference uses too.
             min_instance_area: nuclei with fewer pixels after augmentation are dropped.
+            target: function of the augmented labels -> more keys for training.
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.normalizer = normalizer
         self.min_instance_area = max(1, min_instance_area)
+        self.target = target
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -61,18 +67,21 @@ class NucleiDatasetMapper:
             "augmentations": build_augmentation(cfg, is_train),
             "normalizer": ImageNormalizer(cfg),
             "min_instance_area": cfg.INPUT.MIN_INSTANCE_AREA,
+            "target": build_target(cfg),
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         output = {k: v for k, v in dataset_dict.items() if k != "annotations"}
         image = read_image(output["file_name"])
         _check_size(output, image.shape[:2])
-        labels = _read_labels(dataset_dict, image.shape[:2]) if self.is_train else None
+        labels = read_labels(dataset_dict, image.shape[:2]) if self.is_train else None
         inputs = T.AugInput(self.normalizer(image), sem_seg=labels)
         self.augmentations(inputs)
         output["image"] = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         if self.is_train:
             output["instances"] = labels_to_instances(inputs.sem_seg, self.min_instance_area)
+            if self.target:
+                output.update(self.target(inputs.sem_seg))
         return output
 
 
@@ -114,8 +123,13 @@ def _check_size(output: dict[str, Any], size: tuple[int, int]) -> None:
         )
 
 
-def _read_labels(dataset_dict: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """float32 (H, W) or, from annotations, (H, W, L)."""
+def read_labels(dataset_dict: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Labels of a dataset dict whose image is ``size`` (H, W).
+
+    Returns:
+        float32 (H, W) from ``label_file_name``; from annotations, where there is no such file or
+        masks overlap, (H, W, L).
+    """
     annotations = dataset_dict.get("annotations")
     label_file = dataset_dict.get("label_file_name")
     if label_file is None or dataset_dict.get("overlaps", False):

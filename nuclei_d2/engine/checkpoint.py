@@ -84,10 +84,14 @@ class NucleiCheckpointer(DetectionCheckpointer):
     def load_exactly(self, path: str) -> None:
         """Load the weights at ``path`` for inference: every tensor must fit.
 
+        A model without any tensors, such as the classical baseline, needs no ``path``.
+
         Raises:
             NucleiError: as :meth:`load`, or tensors are missing or of another shape (the config
                 is not the one the model was trained with).
         """
+        if not path and not self.model.state_dict():
+            return
         if not path:
             raise NucleiError("MODEL.WEIGHTS is empty: name the checkpoint to use")
         local = self._local_path(path)

@@ -79,7 +79,16 @@ class NucleiTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD as Detectron2 builds it, or AdamW with the same parameter groups and clipping."""
+        """SGD as Detectron2 builds it, or AdamW with the same parameter groups and clipping.
+
+        Raises:
+            NucleiError: the model has no parameters.
+        """
+        if not any(p.requires_grad for p in model.parameters()):
+            raise NucleiError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has nothing to train; "
+                "evaluate it with --eval-only"
+            )
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return super().build_optimizer(cfg, model)
         params = get_default_optimizer_params(

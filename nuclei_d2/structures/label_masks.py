@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes
 from torchvision.ops import roi_align
@@ -14,8 +15,8 @@ _CHUNK_PIXELS = 1 << 22  # label pixels gathered at a time by crop_and_resize
 class LabelMasks:
     """Masks of N instances: mask k is ``labels[layers[k]] == ids[k]``.
 
-    A drop-in for :class:`detectron2.structures.BitMasks` as ``Instances.gt_masks`` whose memory
-    does not grow with N: indexing copies N numbers and shares the label image. An instance may
+    A drop-in for :class:`detectron2.structures.BitMasks` as ``Instances.gt_masks``, and for a
+    tensor as ``Instances.pred_masks`` where no two overlap. Its memory does not grow with N: indexing copies N numbers and shares the label image. An instance may
     occur several times (sampled proposals repeat their ground truth).
 
     Attributes:
@@ -41,6 +42,11 @@ class LabelMasks:
     def image_size(self) -> torch.Size:
         """(H, W)."""
         return self.labels.shape[1:]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, H, W), of what :meth:`numpy` would return."""
+        return torch.Size((len(self), *self.image_size))
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +79,14 @@ class LabelMasks:
         if len(self) == 0:
             return BitMasks(self.labels.new_zeros((0, *self.image_size), dtype=torch.bool))
         return BitMasks(torch.stack(list(self)))
+
+    def numpy(self) -> np.ndarray:
+        """All masks at once, bool (N, H, W): N x H x W bytes."""
+        return self.to_bitmasks().tensor.cpu().numpy()
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """For ``np.asarray``, as Detectron2's visualizer calls it on ``pred_masks``."""
+        return self.numpy().astype(dtype or bool, copy=False)
 
     @staticmethod
     def cat(masks: Sequence["LabelMasks"]) -> "LabelMasks":

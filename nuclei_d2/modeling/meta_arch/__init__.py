@@ -4,9 +4,11 @@ import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
 
+from nuclei_d2.modeling.meta_arch.classical import Classical
 from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN
+from nuclei_d2.modeling.meta_arch.unet import UNet
 
-__all__ = ["NucleiRCNN", "build_model"]
+__all__ = ["Classical", "NucleiRCNN", "UNet", "build_model"]
 
 
 def build_model(cfg: CfgNode) -> torch.nn.Module:
