@@ -15,9 +15,10 @@ _CHUNK_PIXELS = 1 << 22  # label pixels gathered at a time by crop_and_resize
 class LabelMasks:
     """Masks of N instances: mask k is ``labels[layers[k]] == ids[k]``.
 
-    A drop-in for :class:`detectron2.structures.BitMasks` as ``Instances.gt_masks``, and for a
-    tensor as ``Instances.pred_masks`` where no two overlap. Its memory does not grow with N: indexing copies N numbers and shares the label image. An instance may
-    occur several times (sampled proposals repeat their ground truth).
+    A drop-in for :class:`detectron2.structures.BitMasks` as ``Instances.gt_masks``, and for a bool
+    tensor as ``Instances.pred_masks`` where no two overlap. Its memory does not grow with N:
+    indexing copies N numbers and shares the label image. An instance may occur several times
+    (sampled proposals repeat their ground truth).
 
     Attributes:
         labels: int32 (L, H, W), 0 = background. L is 1 unless nuclei overlap; overlapping ones lie

@@ -157,9 +157,9 @@ class UNet(nn.Module):
         return results
 
     def predict_maps(self, batched_inputs: list[dict]) -> list[Tensor]:
-        """What the decoder takes: float32 (C, h, w) in 0..1 for every image, at its ``image``'s size.
+        """What the decoder takes: float32 (C, h, w) in 0..1 of every ``image``, at its size.
 
-        Probabilities of the classes, then with the distance target the depth.
+        C: probabilities of the classes, then with the distance target the depth.
         """
         outputs = self._predict(batched_inputs)
         maps = [outputs[:, : self.num_classes].softmax(dim=1)]
