@@ -19,6 +19,7 @@ import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,10 +50,25 @@ ERRORS = ("merges", "splits", "missed", "spurious")
 RATES = ("f1", "precision", "recall", "accuracy")
 _THRESHOLD_NAMES = tuple(f"{t:.2f}" for t in IOU_THRESHOLDS)
 _EDGES = (0, *SIZE_EDGES, "inf")
-SIZE_NAMES = tuple(f"{a}-{b}" for a, b in zip(_EDGES[:-1], _EDGES[1:], strict=True))
+SIZE_NAMES = tuple(f"{a}-{b}" for a, b in pairwise(_EDGES))
 
 # A metric's place in the JSON, such as ("pooled", "f1", "0.50").
 Path = tuple[str, ...]
+# The numbers that tables show.
+HEADLINE: tuple[Path, ...] = (
+    *(("pooled", "f1", t) for t in ("0.50", "0.75", "mean")),
+    *(("pooled", "accuracy", t) for t in ("0.50", "0.75", "mean")),
+    ("pooled", "precision", "0.50"),
+    ("pooled", "recall", "0.50"),
+    ("pooled", "pq"),
+    ("pooled", "mean_matched_iou"),
+    ("image_mean", "f1", "mean"),
+    ("image_mean", "accuracy", "mean"),
+    *(("image_mean", name) for name in ("aji", "aji_plus", "pq", "sq", "dq", "dice")),
+    *(("boundary", name) for name in ("f1", "nsd", "hd95")),
+    *(("boundary", "iou", name) for name in BOUNDARIES),
+    *(("errors", name) for name in ERRORS),
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +201,7 @@ class ScoreTable:
         filled = self._is_filled()
         share = weights[:, filled]
         for path, values in self.image_metrics().items():
-            metrics["image_mean", *path] = _ratio(share @ values[filled], share.sum(axis=1))
+            metrics[("image_mean", *path)] = _ratio(share @ values[filled], share.sum(axis=1))
         metrics.update(_below("boundary", _boundary_metrics(totals)))
         for k, name in enumerate(ERRORS):
             metrics["errors", name] = totals["errors"][:, k].sum(axis=1)
@@ -256,8 +272,8 @@ def _boundary_metrics(totals: dict[str, np.ndarray]) -> dict[Path, np.ndarray]:
     outlines = {"f1": f1, "precision": precision, "recall": recall}
     metrics = {(name,): np.where(nothing, np.nan, value) for name, value in outlines.items()}
     matches = totals["true_positives"][:, 0]
-    metrics["hd95",] = _ratio(totals["hausdorff"], matches)
-    metrics["nsd",] = _ratio(totals["surface"], matches)
+    metrics[("hd95",)] = _ratio(totals["hausdorff"], matches)
+    metrics[("nsd",)] = _ratio(totals["surface"], matches)
     for k, name in enumerate(BOUNDARIES):
         metrics["iou", name] = _ratio(totals["boundary_iou"][:, k], matches)
         rates = detection_rates(
