@@ -33,7 +33,7 @@ def match_scored(
 
     Args:
         gt: the nuclei.
-        masks: M nonempty predictions, which may overlap.
+        masks: M predictions, which may overlap. Empty ones are false positives.
         scores: (M,) theirs. Equal ones keep their order, as in COCO.
         max_dets: only so many of the best take part.
     """

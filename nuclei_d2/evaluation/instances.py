@@ -16,8 +16,8 @@ class LabelLayers(NamedTuple):
     """N nuclei of an H x W image.
 
     ``labels`` is (L, H, W), uint16 up to 65,535 nuclei and int32 above: 0 is background, 1..N
-    are the nuclei. Each nucleus has at least one pixel and lies in one layer. L is 1 where none
-    overlap.
+    are the nuclei. Each lies in one layer, and has a pixel unless it was made from an empty mask.
+    L is 1 where none overlap.
     """
 
     labels: np.ndarray
@@ -51,7 +51,7 @@ def _dtype(count: int) -> type:
 
 
 def layers_from_masks(masks: Sequence[BoxedMask], size: tuple[int, int]) -> LabelLayers:
-    """Nucleus k + 1 is the k-th of nonempty ``masks``; each goes to the first layer with room.
+    """Nucleus k + 1 is the k-th of ``masks``; each goes to the first layer with room.
 
     Args:
         masks: they may overlap.

@@ -129,26 +129,24 @@ def record_to_layers(record: dict) -> LabelLayers:
 
 
 def instances_to_masks(instances: Instances) -> tuple[list[BoxedMask], np.ndarray]:
-    """Predictions of one image without the empty ones, and their scores.
+    """Predictions of one image, and their scores.
 
     Args:
         instances: scores, pred_masks ((N, H, W) bool or :class:`LabelMasks`), and pred_boxes
             that enclose them up to 1 px, as Detectron2 pastes masks.
 
     Returns:
-        M <= N masks and (M,) float scores.
+        N masks, some perhaps empty, and (N,) float scores.
     """
     boxes = instances.pred_boxes.tensor.cpu().numpy()
     low = np.maximum(np.floor(boxes[:, :2]).astype(int) - 1, 0)
     high = np.ceil(boxes[:, 2:]).astype(int) + 1
     crop = _cropper(instances.pred_masks)
-    found, kept = [], []
+    found = []
     for k, ((left, top), (right, bottom)) in enumerate(zip(low, high, strict=True)):
         boxed = box_mask(crop(k, slice(top, bottom), slice(left, right)))
-        if boxed.mask.size:
-            found.append(boxed._replace(top=int(boxed.top + top), left=int(boxed.left + left)))
-            kept.append(k)
-    return found, instances.scores.cpu().numpy().astype(float)[kept]
+        found.append(boxed._replace(top=int(boxed.top + top), left=int(boxed.left + left)))
+    return found, instances.scores.cpu().numpy().astype(float)
 
 
 def _cropper(masks: torch.Tensor | LabelMasks):

@@ -69,6 +69,36 @@ HEADLINE: tuple[Path, ...] = (
     *(("boundary", "iou", name) for name in BOUNDARIES),
     *(("errors", name) for name in ERRORS),
 )
+# What the numbers mean, by the last or last but one part of their place.
+DEFINITIONS = {
+    "f1": "2 TP / (nuclei + predictions) at IoU >= t, one to one; mean over .50:.05:.95",
+    "accuracy": "TP / (TP + FP + FN) at IoU >= t: the DSB 2018 score",
+    "precision": "TP / predictions at IoU >= t",
+    "recall": "TP / nuclei at IoU >= t",
+    "pq": "sum of IoU > 0.5 / (TP + FP/2 + FN/2)",
+    "sq": "mean IoU of the pairs with IoU > 0.5",
+    "dq": "TP / (TP + FP/2 + FN/2) at IoU > 0.5",
+    "mean_matched_iou": "mean IoU of the pairs matched at IoU >= 0.5",
+    "aji": "aggregated Jaccard index: greedy, predictions reusable (Kumar)",
+    "aji_plus": "AJI with one-to-one pairs",
+    "dice": "2 common / all foreground pixels",
+    "boundary f1": f"outline pixels within {TOLERANCE:g} px of the other side's, any nucleus",
+    "nsd": f"matched pairs' outline pixels within {TOLERANCE:g} px of each other",
+    "hd95": "95 % Hausdorff distance of matched outlines, px",
+    "iou": "matched pairs' min(mask IoU, IoU of boundaries so thick)",
+    "merges": "predictions with IoU > 0.1 to several nuclei",
+    "splits": "nuclei with IoU > 0.1 to several predictions",
+    "missed": "nuclei without a prediction of IoU > 0.7",
+    "spurious": "predictions without a nucleus of IoU > 0.7",
+}
+
+
+def definition(path: Path) -> str:
+    """What the metric at ``path`` is, in a few words."""
+    for key in (" ".join(path), path[-1], path[-2]):
+        if key in DEFINITIONS:
+            return DEFINITIONS[key]
+    raise KeyError(path)
 
 
 @dataclass(frozen=True)

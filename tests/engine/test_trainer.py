@@ -36,7 +36,7 @@ def test_a_run_leaves_checkpoints_metrics_and_results(tiny_data, tmp_path):
     out = tmp_path / "out"
     written = json.loads((out / "results.json").read_text())
     assert set(written) == {"tiny_test"}
-    assert set(written["tiny_test"]) == {"bbox", "segm"}
+    assert set(written["tiny_test"]) == {"bbox", "segm", "nuclei", "boundary"}
     assert written["tiny_test"]["segm"]["AP"] == results["tiny_test"]["segm"]["AP"]
     lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     keys = set().union(*lines)

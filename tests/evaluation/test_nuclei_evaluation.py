@@ -1,5 +1,6 @@
 import json
 import math
+import socket
 import sys
 
 import numpy as np
@@ -47,13 +48,13 @@ def record(image_id, labels):
 
 
 def predictions(labels, scores=None, shift=0):
-    masks = np.stack([labels == v for v in np.unique(labels) if v] or [labels > 0])
-    masks = np.roll(masks, shift, axis=2)
+    values = np.unique(labels[labels > 0])
+    masks = np.roll(labels == values[:, None, None], shift, axis=2)
     boxes = [mask_box(mask) for mask in masks]
     scores = np.linspace(0.9, 0.6, len(masks)) if scores is None else scores
     return Instances(
         SIZE,
-        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)),
+        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
         scores=torch.as_tensor(scores, dtype=torch.float32),
         pred_classes=torch.zeros(len(masks), dtype=torch.int64),
         pred_masks=torch.from_numpy(masks),
@@ -134,6 +135,16 @@ def test_the_order_of_images_does_not_matter(dataset):
     assert evaluate(name, records[::-1], outputs[::-1]) == evaluate(name, records, outputs)
 
 
+def test_an_empty_mask_is_a_false_positive_of_ap_alone(dataset):
+    name, records, _ = dataset
+    outputs = [{"instances": predictions(record_to_layers(r).labels[0])} for r in records]
+    outputs[0]["instances"].pred_masks[0] = False
+    results = evaluate(name, records, outputs)
+    assert results["nuclei"]["pooled_precision_0.50"] == 1
+    assert results["nuclei"]["pooled_recall_0.50"] < 1
+    assert results["boundary"]["AP_2%"] < 100
+
+
 def test_no_predictions_are_zero(dataset):
     name, records, outputs = dataset
     nothing = [{"instances": o["instances"][:0]} for o in outputs]
@@ -185,7 +196,6 @@ def test_the_evaluator_type_chooses(dataset):
     evaluator.reset()
     evaluator.process(records, outputs)
     assert set(evaluator.evaluate()) == {"bbox", "segm", "nuclei", "boundary"}
-    MetadataCatalog.get(name).evaluator_type  # noqa: B018
     MetadataCatalog.remove(name)
     MetadataCatalog.get(name).set(evaluator_type="coco")
     coco = build_evaluator(cfg, name, None)
@@ -198,7 +208,7 @@ def _worker(rank, port, path):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     records, outputs = make_data()
-    name = register(records)
+    name = register(records, f"nuclei_evaluation_rank_{rank}")  # forked: the other is there
     mine = slice(0, 2) if rank == 0 else slice(2, 5)  # as unevenly as Detectron2's sampler
     results = evaluate(name, records[mine], outputs[mine])
     assert (results is None) == (rank == 1)
@@ -210,8 +220,6 @@ def _worker(rank, port, path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo")
 def test_two_processes_give_exactly_the_numbers_of_one(dataset, tmp_path):
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,0 +1,309 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from skimage.draw import disk
+
+from nuclei_d2.data.datasets.coco import (
+    label_image_to_masks,
+    mask_to_annotation,
+    write_coco_json,
+)
+from nuclei_d2.utils.errors import run_tool
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+SIZE = (60, 70)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def evaluate(tool, monkeypatch, tmp_path):
+    """Run the tool; returns its JSON."""
+
+    def run(*arguments):
+        output = tmp_path / "out" / "metrics.json"
+        words = ["evaluate.py", *map(str, arguments), "--output", str(output)]
+        monkeypatch.setattr("sys.argv", words)
+        tool.main()
+        return json.loads(output.read_text())
+
+    return run
+
+
+@pytest.fixture
+def fails(tool, monkeypatch, capsys, tmp_path):
+    """Run the tool as a program that must fail; returns its one line."""
+
+    def run(*arguments):
+        output = tmp_path / "must_not_exist"
+        files = ["--output", str(output / "m.json"), "--per-image", str(output / "t.csv")]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments), *files])
+        with pytest.raises(SystemExit) as stopped:
+            run_tool(tool.main)
+        assert stopped.value.code == 2
+        assert not output.exists()
+        lines = capsys.readouterr().err.strip().splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert lines[-1:] == errors
+        return errors[0]
+
+    return run
+
+
+@pytest.fixture
+def images():
+    """Labels of four images: 5, 8, 0 and 3 touching nuclei."""
+    rng = np.random.default_rng(3)
+    found = {}
+    for name, count in {"a": 5, "b": 8, "c": 0, "d": 3}.items():
+        labels = np.zeros(SIZE, np.uint16)
+        for k in range(1, count + 1):
+            labels[disk(rng.integers(5, 55, 2), rng.integers(4, 9), shape=SIZE)] = k
+        found[name] = labels
+    return found
+
+
+def shift(images, step=1):
+    return {name: np.roll(labels, step, axis=1) for name, labels in images.items()}
+
+
+def write_labels(folder, images, suffix=".png"):
+    folder.mkdir(parents=True)
+    for name, labels in images.items():
+        if suffix == ".png":
+            Image.fromarray(labels).save(folder / f"{name}.png")
+        else:
+            tifffile.imwrite(folder / f"{name}{suffix}", labels)
+    return folder
+
+
+def write_dsb(folder, images):
+    for name, labels in images.items():
+        (folder / name / "masks").mkdir(parents=True)
+        (folder / name / "images").mkdir()
+        Image.fromarray((labels > 0).astype(np.uint8)).save(
+            folder / name / "images" / f"{name}.png"
+        )
+        for value, _ in label_image_to_masks(labels):
+            mask = ((labels == value) * 255).astype(np.uint8)
+            Image.fromarray(mask).save(folder / name / "masks" / f"{value}.png")
+    return folder
+
+
+def write_coco(path, images):
+    entries = []
+    for key, (name, labels) in enumerate(images.items(), start=11):
+        entries.append(
+            {
+                **{"id": key, "file_name": f"images/{name}.png"},
+                **{"height": SIZE[0], "width": SIZE[1]},
+                "annotations": [
+                    mask_to_annotation(m, SIZE) for _, m in label_image_to_masks(labels)
+                ],
+            }
+        )
+    write_coco_json(path, entries)
+    return path
+
+
+def write_results(path, images, ids, score=lambda k: 0.9 - k / 100):
+    results = []
+    for name, labels in images.items():
+        for k, (_, mask) in enumerate(label_image_to_masks(labels)):
+            result = mask_to_annotation(mask, SIZE)
+            results.append({**result, "image_id": ids[name], "score": score(k)})
+    path.write_text(json.dumps(results))
+    return path
+
+
+def numbers(content):
+    """The label-based numbers alone."""
+    keys = ("n_images", "n_images_empty", "n_gt", "n_pred")
+    keys += ("pooled", "image_mean", "errors", "boundary")
+    return {key: content[key] for key in keys}
+
+
+def test_every_format_gives_the_same_numbers(evaluate, images, tmp_path):
+    found = shift(images)
+    truths = [
+        write_labels(tmp_path / "gt", images),
+        write_labels(tmp_path / "gt_tif", images, ".tif"),
+        write_dsb(tmp_path / "gt_dsb", images),
+        write_coco(tmp_path / "gt.json", images),
+    ]
+    predictions = [
+        write_labels(tmp_path / "pred", found, "_cp_masks.tif"),
+        write_dsb(tmp_path / "pred_dsb", found),
+        write_coco(tmp_path / "pred.json", found),
+    ]
+    ids = dict(zip(images, range(11, 15), strict=True))
+    first = None
+    for truth in truths:
+        by_id = truth.suffix == ".json"
+        results = write_results(
+            tmp_path / "results.json", found, ids if by_id else {n: n for n in found}
+        )
+        for prediction in [*predictions, results]:
+            content = evaluate("--ground-truth", truth, "--predictions", prediction)
+            first = first or numbers(content)
+            assert numbers(content) == first, (truth, prediction)
+            assert ("coco" in content) == (prediction == results)
+
+
+def test_json_has_the_promised_keys_and_values(evaluate, images, tmp_path, capsys):
+    gt = write_coco(tmp_path / "gt.json", images)
+    results = write_results(
+        tmp_path / "r.json", images, dict(zip(images, range(11, 15), strict=True))
+    )
+    table = tmp_path / "t.csv"
+    content = evaluate("--ground-truth", gt, "--predictions", results, "--per-image", table)
+    thresholds = [f"{t:.2f}" for t in np.arange(0.5, 1, 0.05)]
+    for part in ("pooled", "image_mean"):
+        for rate in ("f1", "precision", "recall", "accuracy"):
+            assert content[part][rate] == dict.fromkeys([*thresholds, "mean"], 1.0)
+    for name in ("aji", "aji_plus", "pq", "sq", "dq", "dice"):
+        assert content["image_mean"][name] == 1
+    assert content["n_images"] == 4
+    assert content["n_images_empty"] == 1
+    assert content["n_gt"] == content["n_pred"]
+    assert {"merges", "splits", "missed", "spurious"} <= content["errors"].keys()
+    assert content["coco"]["segm"]["AP"] == pytest.approx(100)
+    assert content["coco"]["bbox"]["AP50"] == pytest.approx(100)
+    assert content["coco"]["boundary"]["1px"]["AP"] == pytest.approx(100)
+    assert content["intervals"]["pooled"]["f1"]["mean"] == [1, 1]
+    assert content["settings"]["score_threshold"] == 0.5
+    assert len(table.read_text().splitlines()) == 5
+    printed = capsys.readouterr().out
+    assert "pooled f1 0.50" in printed
+    assert "1.000 [1.000, 1.000]" in printed
+    assert "percent" in printed
+
+
+def test_several_sets_are_compared_in_pairs(evaluate, images, tmp_path, capsys):
+    gt = write_labels(tmp_path / "gt", images)
+    good = write_labels(tmp_path / "good", shift(images))
+    bad = write_labels(tmp_path / "bad", shift(images, 3))
+    per_image = tmp_path / "t_NAME.csv"
+    content = evaluate(
+        "--ground-truth", gt, "--predictions", good, bad, "--per-image", per_image
+    )  # fmt: skip
+    assert set(content["predictions"]) == {"good", "bad"}
+    change = content["differences"]["bad - good"]["pooled"]["f1"]["mean"]
+    parts = [content["predictions"][k]["pooled"]["f1"]["mean"] for k in ("good", "bad")]
+    assert change["difference"] == pytest.approx(parts[1] - parts[0])
+    assert change["low"] <= change["difference"] <= change["high"] < 0
+    assert (tmp_path / "t_good.csv").is_file()
+    assert (tmp_path / "t_bad.csv").is_file()
+    assert "bad - good" in capsys.readouterr().out
+
+
+def test_unsure_predictions_count_for_ap_only(evaluate, images, tmp_path):
+    gt = write_coco(tmp_path / "gt.json", images)
+    ids = dict(zip(images, range(11, 15), strict=True))
+    results = write_results(tmp_path / "r.json", images, ids, score=lambda k: 0.9 if k else 0.4)
+    content = evaluate("--ground-truth", gt, "--predictions", results)
+    assert content["n_pred"] == content["n_gt"] - 3
+    assert content["coco"]["segm"]["AP"] == pytest.approx(100)
+    content = evaluate(
+        "--ground-truth", gt, "--predictions", results, "--score-threshold", 0.3, "--max-dets", 2
+    )
+    assert content["n_pred"] == content["n_gt"]
+    assert content["coco"]["max_dets"] == 2
+    assert content["coco"]["segm"]["AP"] < 60
+    assert any("binds" in warning for warning in content["warnings"])
+
+
+def test_warnings_that_save_a_study(evaluate, images, tmp_path, capsys):
+    empty = {name: np.zeros(SIZE, np.uint16) for name in images}
+    gt = write_labels(tmp_path / "gt", empty)
+    results = write_results(
+        tmp_path / "r.json", images, {name: name for name in images}, score=lambda k: 0.7
+    )
+    content = evaluate("--ground-truth", gt, "--predictions", results)
+    assert content["pooled"]["f1"]["mean"] == 0
+    assert content["coco"]["segm"]["AP"] is None
+    error = capsys.readouterr().err
+    assert "no nuclei at all" in error
+    assert "all scores are 0.7" in error
+
+
+def test_names_that_do_not_match(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    few = write_labels(tmp_path / "few", {k: images[k] for k in "abd"})
+    assert f"{few} lacks 1 of the images in {gt}: c" in fails(
+        "--ground-truth", gt, "--predictions", few
+    )
+    assert f"{few} lacks 1 of the images in {gt}: c" in fails(
+        "--ground-truth", few, "--predictions", gt
+    )
+
+
+def test_sizes_that_do_not_match(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    halves = {name: labels[::2, ::2] for name, labels in images.items()}
+    half = write_labels(tmp_path / "half", halves)
+    message = fails("--ground-truth", gt, "--predictions", half)
+    assert f"{half / 'a.png'} is 30 x 35 pixels, 0.5 times as large" in message
+
+
+def test_float_labels(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    pred = write_labels(tmp_path / "pred", images)
+    (pred / "b.png").unlink()
+    tifffile.imwrite(pred / "b.tif", images["b"] * np.float32(0.5))
+    message = fails("--ground-truth", gt, "--predictions", pred)
+    assert str(pred / "b.tif") in message
+
+
+def test_an_unreadable_file_in_the_middle(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    pred = write_labels(tmp_path / "pred", images)
+    (pred / "b.png").write_bytes((pred / "b.png").read_bytes()[:60])
+    assert str(pred / "b.png") in fails("--ground-truth", gt, "--predictions", pred)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": 7}, "result 0 has category_id 7; .* has 1"),
+        ({"image_id": 99}, "result 0 is of image 99"),
+        ({"score": None}, "result 0 has score None"),
+        ({"segmentation": None}, "result 0: an annotation has no segmentation"),
+    ],
+)
+def test_wrong_results(fails, images, tmp_path, change, message):
+    gt = write_coco(tmp_path / "gt.json", images)
+    path = write_results(tmp_path / "r.json", images, dict(zip(images, range(11, 15), strict=True)))
+    results = json.loads(path.read_text())
+    results[0].update(change)
+    path.write_text(json.dumps(results))
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(fails("--ground-truth", gt, "--predictions", path))
+
+
+def test_what_is_no_ground_truth(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    assert "no file or folder" in fails("--ground-truth", tmp_path / "nowhere", "--predictions", gt)
+    (tmp_path / "void").mkdir()
+    assert "neither label images" in fails("--ground-truth", tmp_path / "void", "--predictions", gt)
+    (tmp_path / "broken.json").write_text("{")
+    assert "broken JSON" in fails("--ground-truth", gt, "--predictions", tmp_path / "broken.json")
+
+
+def test_arguments_that_contradict_each_other(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    common = ("--ground-truth", gt, "--predictions", gt, gt)
+    assert "need different names" in fails(*common)
+    assert "put NAME into it" in fails(*common, "--names", "one", "two")
+    assert "1 names for 2" in fails(*common, "--names", "one")

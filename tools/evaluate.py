@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""Compare any program's nuclei with ground truth: F1, PQ, AJI, boundaries, merges and splits, AP.
+
+tools/evaluate.py --ground-truth labels --predictions my_labels --output metrics.json
+tools/evaluate.py --ground-truth dsb2018_test.json --predictions results_a.json results_b.json
+
+Ground truth and predictions: folders of label images (PNG or TIFF, matched by name), DSB 2018
+folders (<image>/masks/*.png), or COCO JSON; predictions also COCO results with scores. What each
+number means is in docs/metrics.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from nuclei_d2.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_weights
+from nuclei_d2.evaluation.comparison import Evaluation, compare, evaluate_files, to_json
+from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
+from nuclei_d2.evaluation.scores import HEADLINE, definition, write_per_image
+from nuclei_d2.utils.errors import NucleiError, run_tool
+from nuclei_d2.utils.files import write_json
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ground-truth", required=True, metavar="PATH")
+    parser.add_argument(
+        "--predictions", required=True, nargs="+", metavar="PATH", help="one set or several"
+    )
+    parser.add_argument("--names", nargs="+", help="of the prediction sets (default: their paths)")
+    parser.add_argument("--output", metavar="JSON", help="write every number here")
+    parser.add_argument(
+        "--per-image", metavar="CSV", help="write one line per image; of several sets, NAME in "
+        "this path stands for the set's name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        help="predictions with a lower score count for AP only (default: %(default)s); of the "
+        "others, a pixel that several cover belongs to the one of highest score",
+    )
+    parser.add_argument(
+        "--max-dets", type=int, help="most predictions of an image that AP counts (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    names = set_names(args)
+    truth = open_ground_truth(args.ground_truth)
+    predictions = [open_predictions(path, truth) for path in args.predictions]
+    evaluations = evaluate_files(truth, predictions, args.score_threshold, args.max_dets)
+    weights = bootstrap_weights(len(truth.images), seed=args.seed)
+
+    settings = {
+        "ground_truth": args.ground_truth,
+        "score_threshold": args.score_threshold,
+        "bootstrap_seed": args.seed,
+    }
+    contents = [to_json(evaluation, weights, settings) for evaluation in evaluations]
+    differences = compare(names, evaluations, weights)
+    print(headline_table(names, contents, differences))
+    print(counts_line(names, contents))
+    print_coco(names, evaluations)
+    for warning in dict.fromkeys(w for evaluation in evaluations for w in evaluation.warnings):
+        print(f"warning: {warning}", file=sys.stderr)
+
+    if args.per_image:
+        for name, evaluation in zip(names, evaluations, strict=True):
+            path = args.per_image.replace("NAME", name)
+            write_per_image(path, evaluation.names, evaluation.images)
+    if args.output:
+        several = {
+            "predictions": dict(zip(names, contents, strict=True)),
+            "differences": differences,
+        }
+        write_json(args.output, contents[0] if len(contents) == 1 else several)
+
+
+def set_names(args: argparse.Namespace) -> list[str]:
+    """Check the arguments, and name the sets: as told, by file name, or by path."""
+    paths = args.predictions
+    names = args.names or [Path(path).stem for path in paths]
+    if not args.names and len(set(names)) < len(paths):
+        names = [path.strip("/").replace("/", "_") for path in paths]
+    if len(names) != len(paths):
+        raise NucleiError(f"--names gives {len(names)} names for {len(paths)} prediction sets")
+    if len(set(names)) < len(names):
+        raise NucleiError(f"prediction sets need different names, got {', '.join(names)}; --names")
+    if args.per_image and len(names) > 1 and "NAME" not in Path(args.per_image).name:
+        raise NucleiError(
+            f"--per-image {args.per_image}: put NAME into it, such as NAME.csv; there are "
+            f"{len(names)} sets"
+        )
+    if args.max_dets is not None and args.max_dets < 1:
+        raise NucleiError(f"--max-dets is {args.max_dets}; it counts instances, from 1")
+    if not np.isfinite(args.score_threshold):
+        raise NucleiError(f"--score-threshold is {args.score_threshold}; give a number")
+    return names
+
+
+def headline_table(names: Sequence[str], contents: Sequence[dict], differences: dict) -> str:
+    header = ["", *names, *differences, "definition"]
+    rows = []
+    for path in HEADLINE:
+        cells = [_value(content, path) for content in contents]
+        changes = [_difference(part, path) for part in differences.values()]
+        rows.append([" ".join(path), *cells, *changes, definition(path)])
+    note = (
+        f"Fractions of 1; {LEVEL:.0%} intervals over images in brackets ({RESAMPLES} bootstrap "
+        "samples)."
+    )
+    return f"{tabulate(rows, header, disable_numparse=True)}\n{note}"
+
+
+def _at(content: dict, path: Sequence[str]):
+    for part in path:
+        content = content[part]
+    return content
+
+
+def _value(content: dict, path: Sequence[str]) -> str:
+    value, (low, high) = _at(content, path), _at(content["intervals"], path)
+    if path[0] == "errors":
+        return f"{value} [{low:.0f}, {high:.0f}]"
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _difference(part: dict, path: Sequence[str]) -> str:
+    change = _at(part, path)
+    form = "+.0f" if path[0] == "errors" else "+.3f"
+    return (
+        f"{change['difference']:{form}} [{change['low']:{form}}, {change['high']:{form}}]"
+        f"{'' if change['low'] <= 0 <= change['high'] else ' *'}"
+    )
+
+
+def counts_line(names: Sequence[str], contents: Sequence[dict]) -> str:
+    first = contents[0]
+    parts = [f"{first['n_images']} images", f"{first['n_gt']} nuclei"]
+    for name, content in zip(names, contents, strict=True):
+        parts.append(f"{name}: {content['n_pred']} predictions")
+        if content["n_images_empty"]:
+            parts.append(f"{content['n_images_empty']} images empty in both, in no mean")
+    return ", ".join(parts)
+
+
+def print_coco(names: Sequence[str], evaluations: Sequence[Evaluation]) -> None:
+    """COCO's numbers, in percent as Detectron2 prints them."""
+    for name, evaluation in zip(names, evaluations, strict=True):
+        if evaluation.coco is None:
+            continue
+        coco = evaluation.coco
+        parts = {"bbox": coco["bbox"], "segm": coco["segm"]}
+        parts.update({f"boundary {key}": ap for key, ap in coco["boundary"].items()})
+        columns = list(coco["segm"])
+        rows = [[task, *(ap.get(c, float("nan")) for c in columns)] for task, ap in parts.items()]
+        print(f"\n{name}: COCO, percent, at most {coco['max_dets']} predictions an image")
+        print(tabulate(rows, ["", *columns], floatfmt=".2f"))
+
+
+if __name__ == "__main__":
+    run_tool(main)
