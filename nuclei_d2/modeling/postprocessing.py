@@ -273,13 +273,14 @@ def _fill_holes(labels: np.ndarray, max_area: int) -> np.ndarray:
     left, top, w, h, area = stats.T
     inside = (left > 0) & (top > 0) & (left + w < width) & (top + h < height)
     inside[0] = False  # OpenCV's row of all that is not gap
-    filled = labels.copy()
-    for gap in np.flatnonzero(inside & (area <= max_area)):
-        y, x = top[gap], left[gap]
-        window = np.s_[y - 1 : y + h[gap] + 1, x - 1 : x + w[gap] + 1]
-        hole = gaps[window] == gap
-        ring = cv2.dilate(hole.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool) & ~hole
-        around = np.unique(labels[window][ring])
-        if len(around) == 1:
-            filled[window][hole] = around[0]
-    return filled
+    small = (inside & (area <= max_area))[gaps]
+    if not small.any():
+        return labels
+    # The highest and the lowest label around every pixel, then around every gap.
+    values, square = labels.astype(np.float32), np.ones((3, 3), np.uint8)
+    high, low = np.zeros(len(area), np.float32), np.full(len(area), np.inf, np.float32)
+    np.maximum.at(high, gaps[small], cv2.dilate(values, square)[small])
+    values[labels == 0] = np.inf
+    np.minimum.at(low, gaps[small], cv2.erode(values, square)[small])
+    fill = np.where(high == low, high, 0).astype(np.int32)
+    return np.where(small, fill[gaps], labels)
