@@ -162,6 +162,9 @@ def _add_test_keys(cfg: CfgNode) -> None:
     cfg.TEST.DETECTIONS_PER_IMAGE = 600
     # Number on DATASETS.VAL that chooses model_best.pth; with several sets "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = "segm/AP"
+    # Least score, 0 to 1, of the predictions that the label-based metrics (F1, PQ, AJI ..) count;
+    # where they overlap, the pixel belongs to the highest score.
+    cfg.TEST.SCORE_THRESH_LABELS = 0.5
 
 
 _CHOICES = {
