@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from nuclei_d2.evaluation.coco_evaluation import NucleiCOCOEvaluator, coco_ap, dataset_to_coco
+from nuclei_d2.structures.label_instances import predictions_from_labels
 
 
 def squares(boxes, shape=(128, 128)):
@@ -177,3 +178,21 @@ def test_agrees_with_pycocotools_on_noisy_predictions():
         assert ours["AP75"] == pytest.approx(precision[5, :, 0].mean() * 100, abs=1e-9)
         assert ours["APs"] == pytest.approx(precision[:, :, 1].mean() * 100, abs=1e-9)
         assert ours["AR"] == pytest.approx(scorer.eval["recall"][:, 0, 0, 0].mean() * 100, abs=1e-9)
+
+
+def test_masks_of_a_label_image_are_encoded_like_bitmaps():
+    labels = np.zeros((60, 50), np.int32)
+    labels[3:20, 4:30], labels[20:40, 4:20], labels[55:, 48:] = 1, 2, 3
+    scores = np.array([0.2, 0.9, 0.5], np.float32)
+    found = predictions_from_labels(labels, scores, labels.shape)
+    dense = Instances(found.image_size, **found.get_fields())
+    dense.pred_masks = found.pred_masks.to_bitmasks().tensor
+    written = []
+    for predictions in (found, dense):
+        evaluator = NucleiCOCOEvaluator("x", max_dets=10)
+        evaluator.process([{"image_id": 1}], [{"instances": predictions}])
+        written.append(evaluator._predictions)
+    assert written[0] == written[1]
+    for result, mask in zip(written[0], dense.pred_masks.numpy(), strict=True):
+        rle = mask_util.encode(np.asfortranarray(mask))
+        assert result["segmentation"] == {"size": [60, 50], "counts": rle["counts"].decode()}
