@@ -16,6 +16,7 @@ from nuclei_d2.data.dataset_mapper import (
     labels_to_instances,
     paint_annotations,
 )
+from nuclei_d2.data.targets import distance_target
 from nuclei_d2.utils.errors import NucleiError
 
 # Raised inside pycocotools.mask.decode with NumPy 2.
@@ -284,3 +285,32 @@ def test_through_detectron2s_data_loader(dataset_dict, num_workers):
         masks = output["instances"].gt_masks
         assert torch.equal(masks.get_bounding_boxes().tensor, output["instances"].gt_boxes.tensor)
         assert len(masks) == 6
+
+
+UNET = ("MODEL.META_ARCHITECTURE", "UNet", "MODEL.UNET.TARGET", "distance")
+
+
+def test_semantic_targets_are_those_of_the_augmented_labels(dataset_dict):
+    cfg = load_config(opts=[*UNET, "INPUT.CROP.SIZE", "[32, 40]"])
+    for _ in range(3):
+        output = NucleiDatasetMapper(cfg, True)(dataset_dict)
+        labels = output["instances"].gt_masks.labels[0].numpy()
+        assert output["sem_seg"].dtype == torch.int64
+        assert output["sem_seg"].shape == output["image"].shape[1:]
+        assert (output["sem_seg"].numpy() == (labels > 0)).all()
+        assert (output["distance"].numpy() == distance_target(labels)).all()
+
+
+def test_semantic_targets_of_overlapping_nuclei(dataset_dict):
+    masks = split(square_labels())
+    masks[0, 12:17, 42:46] = True  # inside nucleus 2
+    dataset_dict |= {"annotations": annotate(masks), "overlaps": True}
+    output = NucleiDatasetMapper(config(*UNET), True)(dataset_dict)
+    assert (output["sem_seg"].numpy() == masks.any(axis=0)).all()
+
+
+@pytest.mark.parametrize("architecture", ["NucleiRCNN", "Classical"])
+def test_no_semantic_targets_for_other_models(dataset_dict, architecture):
+    cfg = config("MODEL.META_ARCHITECTURE", architecture)
+    assert not {"sem_seg", "distance"} & set(NucleiDatasetMapper(cfg, True)(dataset_dict))
+    assert "sem_seg" not in NucleiDatasetMapper(config(*UNET), False)(dataset_dict)

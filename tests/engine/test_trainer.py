@@ -106,3 +106,28 @@ def test_missing_data_are_found_out_before_training(tmp_path, monkeypatch):
             "DATASETS.TEST",
             "()",
         )
+
+
+def test_a_unet_trains_and_is_evaluated_by_the_same_commands(tiny_data, tmp_path):
+    opts = ("MODEL.UNET.WIDTH", "4", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
+    cfg = tiny_setup(tmp_path, *opts, config="unet_distance.yaml")
+    trainer = NucleiTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    written = (tmp_path / "out" / "results.json").read_bytes()
+    scores = json.loads(written)["tiny_test"]
+    assert {"bbox", "segm", "nuclei", "sem_seg"} <= set(scores)
+    assert scores["sem_seg"]["IoU-foreground"] is not None
+    model = NucleiTrainer.build_model(cfg)
+    build_checkpointer(cfg, model).load_exactly(str(tmp_path / "out" / "model_final.pth"))
+    evaluate_and_save(cfg, model)
+    assert (tmp_path / "out" / "results.json").read_bytes() == written
+
+
+def test_the_classical_baseline_is_evaluated_without_weights(tiny_data, tmp_path):
+    cfg = tiny_setup(tmp_path, config="classical.yaml")
+    model = NucleiTrainer.build_model(cfg)
+    build_checkpointer(cfg, model).load_exactly(cfg.MODEL.WEIGHTS)
+    scores = evaluate_and_save(cfg, model)["tiny_test"]
+    assert scores["segm"]["AP50"] > 20
+    assert scores["sem_seg"]["Dice-foreground"] > 90

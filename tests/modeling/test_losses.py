@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from nuclei_d2.modeling.losses import bce_loss, boundary_dice_loss
+from nuclei_d2.modeling.losses import (
+    bce_loss,
+    boundary_dice_loss,
+    class_loss,
+    dice_loss,
+    distance_loss,
+)
 
 TARGET = torch.tensor([[[1, 0], [0, 0]]], dtype=torch.bool)
 
@@ -55,3 +61,47 @@ def test_no_rois_give_zero_with_a_gradient(loss):
     value.backward()
     assert value.item() == 0
     assert weight.grad.tolist() == [0, 0, 0]
+
+
+def test_class_loss_by_hand():
+    logits = torch.log(torch.tensor([[0.5, 0.9], [0.3, 0.1], [0.2, 0.0001]]))[None, :, None]
+    targets = torch.tensor([[[1, 0]]])
+    weights = torch.tensor([1.0, 3.0, 10.0])
+    probs = logits.softmax(dim=1)
+    expected = -(3 * probs[0, 1, 0, 0].log() + probs[0, 0, 0, 1].log()) / 4
+    assert class_loss(logits, targets, weights, 255) == pytest.approx(expected.item())
+    # An ignored pixel changes nothing, whatever is predicted there.
+    more = torch.cat([logits, torch.full((1, 3, 1, 1), 50.0)], dim=3)
+    targets = torch.tensor([[[1, 0, 255]]])
+    assert class_loss(more, targets, weights, 255) == pytest.approx(expected.item())
+    assert class_loss(more.bfloat16(), targets, weights, 255).dtype == torch.float32
+
+
+def test_dice_loss_by_hand():
+    probs = torch.tensor([[0.1, 0.6, 0.2], [0.8, 0.3, 0.2], [0.1, 0.1, 0.6]])
+    logits = probs.log()[None, :, None].requires_grad_()
+    targets = torch.tensor([[[1, 0, 255]]])
+    first = 1 - (2 * 0.8 + 1) / (1.1 + 1 + 1)
+    second = 1 - (2 * 0.0 + 1) / (0.2 + 0 + 1)
+    loss = dice_loss(logits, targets, 255)
+    assert loss.item() == pytest.approx((first + second) / 2)
+    loss.backward()
+    assert (logits.grad[..., 2] == 0).all()
+    assert (logits.grad[..., :2] != 0).any()
+
+
+def test_dice_loss_without_nuclei_asks_for_none():
+    targets = torch.zeros(1, 4, 4, dtype=torch.int64)
+    empty, full = torch.zeros(2, 1, 2, 4, 4)
+    empty[:, 0], full[:, 1] = 30, 30
+    assert dice_loss(empty, targets, 255) < 1e-6
+    assert dice_loss(full, targets, 255) > 0.9
+
+
+def test_distance_loss_by_hand():
+    predictions, targets = torch.tensor([[[0.5, 0.05, 9.0]]]), torch.tensor([[[0.2, 0.0, 0.0]]])
+    counted = torch.tensor([[[True, True, False]]])
+    # Linear above an error of 0.1, quadratic below.
+    expected = ((0.3 - 0.05) + 0.5 * 0.05**2 / 0.1) / 2
+    assert distance_loss(predictions, targets, counted).item() == pytest.approx(expected)
+    assert distance_loss(predictions.bfloat16(), targets, counted).dtype == torch.float32
