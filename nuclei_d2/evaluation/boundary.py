@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
-from nuclei_d2.evaluation.instances import LabelLayers
+from nuclei_d2.evaluation.instances import LabelLayers, sorted_unique
 from nuclei_d2.evaluation.matching import Overlap
 
 # How thick a boundary is: 2 % of the image diagonal (the published default, which swallows a
@@ -37,67 +37,66 @@ def compute_overlaps(
     """
     order = np.argsort(distances, kind="stable")
     widths = [distances[k] for k in order]
-    gt_levels = [_levels(layer, widths) for layer in gt.labels]
-    pred_levels = [_levels(layer, widths) for layer in pred.labels]
-    gt_areas = _areas(gt, gt_levels, len(widths))
-    pred_areas = _areas(pred, pred_levels, len(widths))
+    levels = [_levels(side, widths) for side in (gt, pred)]
+    areas = [
+        _areas(side, level, len(widths)) for side, level in zip((gt, pred), levels, strict=True)
+    ]
     parts = [
-        _pairs(g, p, pred.count, g_level, p_level, len(widths))
-        for g, g_level in zip(gt.labels, gt_levels, strict=True)
-        for p, p_level in zip(pred.labels, pred_levels, strict=True)
+        _pairs(gt, g, pred, p, levels[0][g], levels[1][p], len(widths))
+        for g in range(len(gt.labels))
+        for p in range(len(pred.labels))
     ]
     key = np.concatenate([part[0] for part in parts])
     common = np.concatenate([part[1] for part in parts])
-    index = np.divmod(key, pred.count + 1)
+    first, second = np.divmod(key, pred.count + 1)
     overlaps = [
-        Overlap(gt_areas[:, k], pred_areas[:, k], index[0] - 1, index[1] - 1, common[:, k])
+        Overlap(areas[0][:, k], areas[1][:, k], first - 1, second - 1, common[:, k])
         for k in range(len(widths) + 1)
     ]
-    boundaries = [overlaps[k] for k in np.argsort(order, kind="stable")]
-    return overlaps[-1], boundaries
+    return overlaps[-1], [overlaps[k] for k in np.argsort(order, kind="stable")]
 
 
-def _levels(labels: np.ndarray, widths: Sequence[int]) -> np.ndarray:
-    """(H, W) uint8: at how many of the increasing ``widths`` a pixel is no boundary any more."""
-    levels = np.zeros(labels.shape, np.uint8)
-    for width in widths:
-        levels += _interior(labels, width)
+def _levels(layers: LabelLayers, widths: Sequence[int]) -> list[np.ndarray]:
+    """(H, W) uint8 per layer: at how many of the increasing ``widths`` a pixel is no boundary."""
+    levels = []
+    for inside in layers.interior if widths else layers.labels:
+        level, reached = np.zeros(layers.size, np.uint8), 1
+        for width in widths:
+            # Neighbouring interior pixels have one label, so it no longer matters which.
+            if width > reached and inside.any():
+                square = np.ones((2 * (width - reached) + 1,) * 2, np.uint8)
+                inside = cv2.erode(inside, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+                reached = width
+            if inside.any():
+                level += inside
+        levels.append(level)
     return levels
-
-
-def _interior(labels: np.ndarray, width: int) -> np.ndarray:
-    """Pixels whose (2 width + 1)-square has their own label only: all nuclei eroded at once."""
-    if labels.dtype != np.uint16:
-        labels = labels.astype(np.float32)  # OpenCV has no filters for int32; exact below 2^24
-    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
-    smallest = cv2.erode(labels, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    largest = cv2.dilate(labels, kernel)
-    return (smallest == largest) & (smallest > 0)
 
 
 def _areas(layers: LabelLayers, levels: Sequence[np.ndarray], depth: int) -> np.ndarray:
     """(N, depth + 1) pixels with a level of at most 0, 1 .. depth."""
     counts = np.zeros((layers.count + 1) * (depth + 1), np.int64)
-    for labels, level in zip(layers.labels, levels, strict=True):
-        inside = np.flatnonzero(labels)
-        key = labels.reshape(-1)[inside].astype(np.intp) * (depth + 1) + level.reshape(-1)[inside]
+    for labels, places, level in zip(layers.labels, layers.places, levels, strict=True):
+        key = labels.reshape(-1)[places].astype(np.intp) * (depth + 1) + level.reshape(-1)[places]
         counts += np.bincount(key, minlength=counts.size)
     return counts.reshape(-1, depth + 1)[1:].cumsum(axis=1)
 
 
-def _pairs(gt, pred, n_pred: int, gt_level, pred_level, depth: int):
-    """Keys gt * (n_pred + 1) + pred of the pairs in two layers, and their common pixels.
+def _pairs(gt: LabelLayers, g: int, pred: LabelLayers, p: int, gt_level, pred_level, depth: int):
+    """Keys gt * (M + 1) + pred of the pairs in two layers, and their common pixels.
 
     Returns:
         (K,) int64 increasing and (K, depth + 1): pixels with both levels at most 0 .. depth.
     """
-    both = np.flatnonzero((gt > 0) & (pred > 0))
-    key = gt.reshape(-1)[both].astype(np.int64) * (n_pred + 1) + pred.reshape(-1)[both]
+    places = gt.places[g]
+    second = pred.labels[p].reshape(-1)[places]
+    places, second = places[second > 0], second[second > 0]
+    key = gt.labels[g].reshape(-1)[places].astype(np.int64) * (pred.count + 1) + second
     # Along a row the pair seldom changes: sorting the runs is enough.
     starts = np.flatnonzero(np.diff(key, prepend=-1))
-    keys, inverse = np.unique(key[starts], return_inverse=True)
-    pair = np.repeat(inverse, np.diff(starts, append=len(key)))
-    level = np.maximum(gt_level.reshape(-1)[both], pred_level.reshape(-1)[both])
+    keys = sorted_unique(key[starts])
+    pair = np.repeat(np.searchsorted(keys, key[starts]), np.diff(starts, append=len(key)))
+    level = np.maximum(gt_level.reshape(-1)[places], pred_level.reshape(-1)[places])
     counts = np.bincount(pair * (depth + 1) + level, minlength=len(keys) * (depth + 1))
     return keys, counts.reshape(-1, depth + 1).cumsum(axis=1)
 
@@ -117,7 +116,11 @@ def outline_matches(
     radius = int(tolerance)
     offset = np.arange(-radius, radius + 1)
     disk = (np.hypot(offset[:, None], offset) <= tolerance).astype(np.uint8)
-    masks = [_outlines(side).any(axis=0).astype(np.uint8) for side in (gt, pred)]
+    masks = []
+    for side in (gt, pred):
+        mask = np.zeros(side.size, np.uint8)
+        mask.reshape(-1)[np.concatenate(side.outlines)] = 1
+        masks.append(mask)
     near_gt, near_pred = (cv2.dilate(mask, disk) for mask in masks)
     return (
         int(np.count_nonzero(masks[1] & near_gt)),
@@ -125,11 +128,6 @@ def outline_matches(
         int(np.count_nonzero(masks[0] & near_pred)),
         int(np.count_nonzero(masks[0])),
     )
-
-
-def _outlines(layers: LabelLayers) -> np.ndarray:
-    """(L, H, W) labels of the 1-px boundaries."""
-    return np.stack([np.where(_interior(labels, 1), 0, labels) for labels in layers.labels])
 
 
 def surface_distances(
@@ -156,30 +154,38 @@ def surface_distances(
         linear interpolation; (T,) normalised surface distance, 0 to 1: the share of both
         boundaries' pixels within ``tolerance`` (Nikolov et al., J Med Internet Res 2021).
     """
-    gt_outlines, pred_outlines = _outlines(gt), _outlines(pred)
-    there = _directed(gt_outlines, pred_outlines, overlap.gt[pairs] + 1, overlap.pred[pairs] + 1)
-    back = _directed(pred_outlines, gt_outlines, overlap.pred[pairs] + 1, overlap.gt[pairs] + 1)
+    gt_labels, pred_labels = overlap.gt[pairs] + 1, overlap.pred[pairs] + 1
+    there = _directed(gt, pred, gt_labels, pred_labels)
+    back = _directed(pred, gt, pred_labels, gt_labels)
     hausdorff = np.maximum(*(_percentile_95(*way, len(pairs)) for way in (there, back)))
     pair, squared = (np.concatenate(arrays) for arrays in zip(there, back, strict=True))
     within = np.bincount(pair[squared <= tolerance**2], minlength=len(pairs))
     return hausdorff, within / np.bincount(pair, minlength=len(pairs))
 
 
-def _directed(source, target, source_labels, target_labels) -> tuple[np.ndarray, np.ndarray]:
+def _directed(source: LabelLayers, target: LabelLayers, source_labels, target_labels):
     """Per pixel of the sources' outlines: its pair, and the squared distance to the target's."""
-    pair_of = np.full(int(source.max(initial=0)) + 1, -1)
+    pair_of = np.full(source.count + 1, -1)
     pair_of[source_labels] = np.arange(len(source_labels))
-    _, rows, columns = places = np.nonzero(source)
-    pair = pair_of[source[places]]
-    pair, rows, columns = pair[pair >= 0], rows[pair >= 0], columns[pair >= 0]
+    pair, place = [], []
+    for labels, outline in zip(source.labels, source.outlines, strict=True):
+        found = pair_of[labels.reshape(-1)[outline]]
+        pair.append(found[found >= 0])
+        place.append(outline[found >= 0])
+    pair, place = np.concatenate(pair), np.concatenate(place)
     wanted = target_labels[pair]
+
+    width = source.size[1] + 2 * _REACH
+    rows, columns = np.divmod(place, source.size[1])
+    padded = _padded_outlines(target)
+    start = (rows + _REACH) * width + columns + _REACH
     squared = np.zeros(len(pair), np.int64)
     todo = np.arange(len(pair))
     for distance, dy, dx in _RINGS:
-        # Clipping moves a place nearer, where an earlier ring has looked: no false hit.
-        y = (rows[todo, None] + dy).clip(0, target.shape[1] - 1)
-        x = (columns[todo, None] + dx).clip(0, target.shape[2] - 1)
-        hit = (target[:, y, x] == wanted[todo, None]).any(axis=(0, 2))
+        around = start[todo, None] + (dy * width + dx)
+        hit = np.zeros(len(todo), bool)
+        for outlines in padded:
+            hit |= (outlines[around] == wanted[todo, None]).any(axis=1)
         squared[todo[hit]] = distance
         todo = todo[~hit]
     if todo.size:
@@ -187,31 +193,51 @@ def _directed(source, target, source_labels, target_labels) -> tuple[np.ndarray,
     return pair, squared
 
 
-def _rings(radius: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Offsets on the pixel grid by increasing squared distance, up to ``radius``."""
-    dy, dx = np.mgrid[-radius : radius + 1, -radius : radius + 1].reshape(2, -1)
+def _padded_outlines(layers: LabelLayers) -> list[np.ndarray]:
+    """Flat label images of the outlines with a margin of ``_REACH``, one per layer."""
+    padded = []
+    for labels, outline in zip(layers.labels, layers.outlines, strict=True):
+        image = np.zeros((labels.shape[0] + 2 * _REACH, labels.shape[1] + 2 * _REACH), labels.dtype)
+        rows, columns = np.divmod(outline, labels.shape[1])
+        image[rows + _REACH, columns + _REACH] = labels.reshape(-1)[outline]
+        padded.append(image.reshape(-1))
+    return padded
+
+
+def _rings(reach: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Offsets on the pixel grid by increasing squared distance, up to ``reach`` pixels."""
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
     squared = dy**2 + dx**2
-    distances = np.unique(squared[squared <= radius**2]).tolist()
+    distances = np.unique(squared[squared <= reach**2]).tolist()
     return [(d, dy[squared == d], dx[squared == d]) for d in distances]
 
 
 # Matched outlines are nearly always this near; farther away a search tree is faster.
-_RINGS = _rings(4)
+_REACH = 4
+_RINGS = _rings(_REACH)
 
 
-def _far(target: np.ndarray, wanted: np.ndarray, rows, columns) -> np.ndarray:
-    """Squared distances to the nearest pixel of the label that each place wants."""
-    place = np.nonzero(np.isin(target, wanted))
+def _far(target: LabelLayers, wanted: np.ndarray, rows, columns) -> np.ndarray:
+    """Squared distances to the nearest outline pixel of the label that each place wants."""
+    is_wanted = np.zeros(target.count + 1, bool)
+    is_wanted[wanted] = True
     # Labels become a third axis, so far apart that no other label can be nearest.
-    apart = sum(target.shape)
-    tree = cKDTree(np.stack([*place[1:], target[place].astype(np.int64) * apart], axis=1))
-    distances, _ = tree.query(np.stack([rows, columns, wanted * apart], axis=1))
+    apart = sum(target.size)
+    points = []
+    for labels, outline in zip(target.labels, target.outlines, strict=True):
+        label = labels.reshape(-1)[outline].astype(np.int64)
+        use = is_wanted[label]
+        points.append(np.stack([*np.divmod(outline[use], target.size[1]), label[use] * apart], 1))
+    distances, _ = cKDTree(np.concatenate(points)).query(
+        np.stack([rows, columns, wanted * apart], axis=1)
+    )
     return np.rint(distances**2).astype(np.int64)
 
 
 def _percentile_95(pair: np.ndarray, squared: np.ndarray, count: int) -> np.ndarray:
     """(count,) 95th percentile of the distances of each pair."""
-    distances = np.sqrt(squared[np.lexsort((squared, pair))])
+    step = int(squared.max(initial=0)) + 1
+    distances = np.sqrt(np.sort(pair * step + squared) % step)
     sizes = np.bincount(pair, minlength=count)
     place = np.cumsum(sizes) - sizes + 0.95 * (sizes - 1)
     low = np.floor(place).astype(np.intp)

@@ -38,7 +38,7 @@ def match_scored(
         max_dets: only so many of the best take part.
     """
     best = np.argsort(-scores, kind="stable")[:max_dets]
-    size = gt.labels.shape[1:]
+    size = gt.size
     pred = layers_from_masks([masks[k] for k in best], size)
     overlap, boundaries = compute_overlaps(gt, pred, boundary_distances(size))
     hits = [_hits(overlap, boundary_iou(overlap, boundary)) for boundary in boundaries]

@@ -134,7 +134,7 @@ def flatten(found: ScoredMasks, score_threshold: float) -> LabelLayers:
 
 
 def _check_size(gt: LabelLayers, pred: LabelLayers, gt_file: str, pred_file: str) -> None:
-    first, second = gt.labels.shape[1:], pred.labels.shape[1:]
+    first, second = gt.size, pred.size
     if first == second:
         return
     sizes = [" x ".join(map(str, size)) for size in (second, first)]
@@ -148,7 +148,7 @@ def _check_size(gt: LabelLayers, pred: LabelLayers, gt_file: str, pred_file: str
 
 def _record(name: str, gt: LabelLayers) -> dict[str, Any]:
     """Dataset dict of label images, for COCO's evaluation."""
-    size = gt.labels.shape[1:]
+    size = gt.size
     annotations = [
         {**mask_to_annotation(box_mask((gt.labels == k).any(axis=0)), size), **_BOX}
         for k in range(1, gt.count + 1)

@@ -265,7 +265,7 @@ def _check_result(path: Path, index: int, result: Any, names: dict, truth: Groun
 def _size_of(truth: GroundTruth, name: str) -> tuple[int, int]:
     if name in truth.records:
         return truth.records[name]["height"], truth.records[name]["width"]
-    return truth.images[name].read().labels.shape[1:]
+    return truth.images[name].read().size
 
 
 def _read_results(

@@ -72,8 +72,7 @@ class NucleiEvaluator(DatasetEvaluator):
             gt = record_to_layers(self._records[image_id])
             masks, scores = instances_to_masks(output["instances"])
             sure = np.flatnonzero(scores >= self._score_threshold)
-            size = gt.labels.shape[1:]
-            pred = layers_from_scored_masks([masks[k] for k in sure], scores[sure], size)
+            pred = layers_from_scored_masks([masks[k] for k in sure], scores[sure], gt.size)
             self._images[image_id] = (
                 score_image(gt, pred),
                 match_scored(gt, masks, scores, self._max_dets),

@@ -133,13 +133,13 @@ def score_image(gt: LabelLayers, pred: LabelLayers) -> ImageScores:
         gt: the nuclei.
         pred: what was found, in an image of the same size.
     """
-    overlap, boundaries = compute_overlaps(gt, pred, boundary_distances(gt.labels.shape[1:]))
+    overlap, boundaries = compute_overlaps(gt, pred, boundary_distances(gt.size))
     boundary_ious = [boundary_iou(overlap, boundary) for boundary in boundaries]
     pairs = match(overlap, overlap.iou, IOU_THRESHOLDS[0])
     hausdorff, surface = surface_distances(gt, pred, overlap, pairs)
     panoptic_matches, panoptic_iou = panoptic_sums(overlap)
     gt_bins, pred_bins = size_bins(overlap.gt_areas), size_bins(overlap.pred_areas)
-    masks = gt.foreground, pred.foreground
+    common, foreground = _foreground_pixels(gt, pred)
     return ImageScores(
         n_gt=gt.count,
         n_pred=pred.count,
@@ -148,8 +148,8 @@ def score_image(gt: LabelLayers, pred: LabelLayers) -> ImageScores:
         panoptic_iou=panoptic_iou,
         aji=aji(overlap),
         aji_plus=aji_plus(overlap),
-        common_pixels=int(np.count_nonzero(masks[0] & masks[1])),
-        foreground_pixels=sum(int(np.count_nonzero(mask)) for mask in masks),
+        common_pixels=common,
+        foreground_pixels=foreground,
         matched_iou=float(overlap.iou[pairs].sum()),
         boundary_iou=np.array([iou[pairs].sum() for iou in boundary_ious]),
         boundary_true_positives=np.stack([true_positives(overlap, iou) for iou in boundary_ious]),
@@ -160,6 +160,15 @@ def score_image(gt: LabelLayers, pred: LabelLayers) -> ImageScores:
         gt_sizes=_count(gt_bins),
         pred_sizes=_count(pred_bins),
         found_sizes=_count(gt_bins[overlap.gt[pairs]]),
+    )
+
+
+def _foreground_pixels(gt: LabelLayers, pred: LabelLayers) -> tuple[int, int]:
+    """Pixels that are foreground in both, and the sum of both sides' foreground pixels."""
+    first, second = (side.labels.any(axis=0) for side in (gt, pred))
+    return (
+        int(np.count_nonzero(first & second)),
+        int(np.count_nonzero(first) + np.count_nonzero(second)),
     )
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -50,7 +52,7 @@ def test_boundary_overlaps_against_full_masks(gt, pred, widths):
 
 def test_boundary_at_the_image_edge_and_of_int32_labels():
     layers = layers_from_label_image(np.ones((10, 10), int))
-    wide = layers._replace(labels=layers.labels.astype(np.int32))
+    wide = replace(layers, labels=layers.labels.astype(np.int32))
     for side in (layers, wide):
         _, (thin, thick) = compute_overlaps(side, side, (1, 3))
         assert thin.gt_areas.tolist() == [100 - 64]
