@@ -3,13 +3,18 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import (
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+)
 
 from nuclei_d2.utils.errors import NucleiError
 
@@ -76,6 +81,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
     # Our images are normalised to 0..255 (float).
     cfg.MODEL.PIXEL_MEAN = [127.5, 127.5, 127.5]
     cfg.MODEL.PIXEL_STD = [64.0, 64.0, 64.0]
@@ -167,6 +173,7 @@ def _add_test_keys(cfg: CfgNode) -> None:
     cfg.TEST.SCORE_THRESH_LABELS = 0.5
 
 
+_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "LN")
 _CHOICES = {
     "INPUT.FORMAT": ("RGB", "BGR"),
     "INPUT.MASK_FORMAT": ("bitmask",),
@@ -177,6 +184,15 @@ _CHOICES = {
     "MODEL.UNET.BOUNDARY": ("inner", "thick"),
     "MODEL.CLASSICAL.THRESHOLD": ("otsu", "local"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        "WarmupStepWithFixedGammaLR",
+    ),
+    "MODEL.RESNETS.NORM": _NORMS,
+    "MODEL.FPN.NORM": _NORMS,
+    "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
+    "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
 }
 
 # Names that must be registered, by our package, Detectron2 or the user's own code.
@@ -185,6 +201,7 @@ _REGISTRIES = {
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
     "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
     "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
 }
 
@@ -208,9 +225,18 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     if len(opts) % 2:
         raise NucleiError(f"options come as KEY VALUE pairs, got {len(opts)} words: {list(opts)}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        _merge(cfg, lambda k=key, v=value: cfg.merge_from_list([k, v]), f"option {key}")
+        pair = [key, _as_float(cfg, key, value)]
+        _merge(cfg, lambda pair=pair: cfg.merge_from_list(pair), f"option {key}")
     check_config(cfg)
     return cfg
+
+
+def _as_float(cfg: CfgNode, key: str, value: str) -> str:
+    """``INPUT.SCALE 2`` means 2.0; yacs would call it the wrong type."""
+    with suppress(KeyError, TypeError):
+        if isinstance(_value(cfg, key), float) and re.fullmatch(r"[+-]?\d+", value):
+            return f"{value}.0"
+    return value
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
@@ -276,7 +302,10 @@ def _value(cfg: CfgNode, key: str):
 def check_device(cfg: CfgNode) -> None:
     """Raise :class:`NucleiError` when ``MODEL.DEVICE`` asks for hardware that is not there."""
     try:
-        torch.zeros(1, device=cfg.MODEL.DEVICE)
+        device = torch.device(cfg.MODEL.DEVICE)
+        if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+            return  # without making a CUDA context, which would stay in this process
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise NucleiError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} but it cannot be used here "

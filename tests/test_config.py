@@ -10,12 +10,11 @@ def write(path, text):
 
 
 def test_values_come_from_the_default_the_file_and_the_options_in_this_order(tmp_path):
-    base = write(tmp_path / "base.yaml", "INPUT: {SCALE: 2.0, NOISE_FLOOR: 5.0}\nSEED: 3\n")
+    write(tmp_path / "base.yaml", "INPUT: {SCALE: 2.0, NOISE_FLOOR: 5.0}\nSEED: 3\n")
     leaf = write(tmp_path / "leaf.yaml", "_BASE_: base.yaml\nINPUT: {NOISE_FLOOR: 6.0}\n")
     cfg = load_config(leaf, ["SEED", "4"])
     assert (cfg.INPUT.SCALE, cfg.INPUT.NOISE_FLOOR, cfg.SEED) == (2.0, 6.0, 4)
     assert cfg.INPUT.MIN_LEVELS == load_config().INPUT.MIN_LEVELS
-    assert base
 
 
 @pytest.mark.parametrize("opts", [["MODEL.ROI_MASK_HEAD.BOUNDRY.TARGET", "exact"], ["SED", "1"]])
@@ -39,6 +38,9 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         (["INPUT.FORMAT", "HSV"], "valid: RGB, BGR"),
         (["MODEL.ROI_MASK_HEAD.BOUNDARY.TARGET", "thick"], "valid: exact, paper"),
         (["INPUT.RANDOM_FLIP", "sideways"], "valid: none, horizontal, vertical, both"),
+        (["MODEL.RESNETS.NORM", "BNN"], "valid: , BN, SyncBN"),
+        (["MODEL.ROI_BOX_HEAD.NAME", "Foo"], "valid: FastRCNNConvFCHead"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Foo"], "valid: WarmupMultiStepLR"),
         (["INPUT.SCALE", "big"], "INPUT.SCALE"),
         (["INPUT.SCALE"], "KEY VALUE pairs"),
         (["DATASETS.CUSTOM", "[['a', 'b']]"], r"\[name, annotation JSON, image folder\]"),
@@ -47,6 +49,11 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
 def test_wrong_values_say_what_is_valid(opts, expected):
     with pytest.raises(NucleiError, match=expected):
         load_config("", opts)
+
+
+def test_a_whole_number_is_a_float_where_one_is_asked_for():
+    assert load_config("", ["INPUT.SCALE", "2"]).INPUT.SCALE == 2.0
+    assert load_config("", ["SEED", "2"]).SEED == 2
 
 
 def test_a_config_cannot_run_code(tmp_path):

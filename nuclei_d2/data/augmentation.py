@@ -86,6 +86,19 @@ class RandomScaledCrop(T.Augmentation):
         return T.TransformList([crop, ResampleTransform(h, w, new_h, new_w)])
 
 
+class CenterCrop(T.Augmentation):
+    """The middle of an image, ``crop_size`` (height, width) pixels, or less if it is smaller."""
+
+    def __init__(self, crop_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.crop_size = crop_size
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        height, width = image.shape[:2]
+        h, w = min(height, self.crop_size[0]), min(width, self.crop_size[1])
+        return T.CropTransform((width - w) // 2, (height - h) // 2, w, h, width, height)
+
+
 def _random_centre(labels: np.ndarray) -> tuple[int, int] | None:
     """(y, x) of the centre of a random nucleus' box; None if there is none."""
     layers = np.moveaxis(np.atleast_3d(labels), 2, 0)

@@ -68,13 +68,8 @@ class NucleiCheckpointer(DetectionCheckpointer):
         """
         if not path:
             return super().load(path, checkpointables)
-        if path.split("?")[0].endswith(".pkl") and not self.allow_pickle:
-            raise NucleiError(
-                f"{path} is a pickle, which can run code when loaded; if you trust its source, "
-                "set MODEL.ALLOW_PICKLE True"
-            )
         local = self._local_path(path)
-        if local.endswith(".pth"):
+        if not _is_pickle(local):
             self._check_any_match(path, read_weights(local))
         try:
             return super().load(path, checkpointables)
@@ -95,18 +90,28 @@ class NucleiCheckpointer(DetectionCheckpointer):
         if not path:
             raise NucleiError("MODEL.WEIGHTS is empty: name the checkpoint to use")
         local = self._local_path(path)
-        if local.endswith(".pth"):
+        if not _is_pickle(local):
             self._check_all_match(path, read_weights(local))
         self.load(path, checkpointables=[])
 
     def _local_path(self, path: str) -> str:
+        """Fetch a remote checkpoint, and refuse a pickle, before or after its address tells."""
+        self._check_pickle(path, path.split("?")[0])
         try:
             local = path if Path(path).is_file() else self.path_manager.get_local_path(path)
         except (OSError, ValueError) as error:
             raise NucleiError(f"cannot fetch the checkpoint {path}: {error}") from error
         if not Path(local).is_file():
             raise NucleiError(f"no checkpoint {path}; check MODEL.WEIGHTS")
+        self._check_pickle(path, local)
         return local
+
+    def _check_pickle(self, path: str, name: str) -> None:
+        if _is_pickle(name) and not self.allow_pickle:
+            raise NucleiError(
+                f"{path} is a pickle, which can run code when loaded; if you trust its source, "
+                "set MODEL.ALLOW_PICKLE True"
+            )
 
     def _check_any_match(self, path: str, weights: Mapping[str, Any]) -> None:
         ours = self.model.state_dict()
@@ -131,6 +136,10 @@ class NucleiCheckpointer(DetectionCheckpointer):
                 f"shape, {len(unknown)} unknown (first: {name}, {theirs.get(name)} in the file, "
                 f"{ours.get(name)} in the model); use the config.yaml of its training"
             )
+
+
+def _is_pickle(name: str) -> bool:
+    return name.endswith(".pkl")
 
 
 def read_weights(path: str) -> Mapping[str, Any]:

@@ -4,6 +4,8 @@ import logging
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nuclei_d2.config import check_device, load_config
-from nuclei_d2.data.augmentation import build_augmentation
+from nuclei_d2.data.augmentation import CenterCrop, build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
+from nuclei_d2.doctor import bfloat16_support
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.hooks import BestCheckpointer, ValidationLoss
 from nuclei_d2.evaluation import build_evaluator
@@ -55,8 +58,16 @@ def checked_config(args) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg)
     register_from_config(cfg)
-    training_sets = () if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL)
-    check_available((*training_sets, *cfg.DATASETS.TEST))
+    if args.num_gpus > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise NucleiError(
+            f"--num-gpus is {args.num_gpus} but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; "
+            "leave the option out, or add MODEL.DEVICE cuda"
+        )
+    used = list(cfg.DATASETS.TEST)
+    if not args.eval_only:
+        used += cfg.DATASETS.TRAIN
+        used += cfg.DATASETS.VAL if cfg.TEST.EVAL_PERIOD > 0 else ()
+    check_available(used)
     return cfg
 
 
@@ -69,8 +80,14 @@ class NucleiTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        super().__init__(cfg)
+        # Detectron2's own mixed precision is for CUDA alone; its unused gradient scaler would
+        # end in the checkpoints and tie them to one kind of device.
+        plain = cfg.clone()
+        plain.defrost()
+        plain.SOLVER.AMP.ENABLED = False
+        super().__init__(plain)
         self._device = torch.device(cfg.MODEL.DEVICE)
+        self._amp = cfg.SOLVER.AMP.ENABLED and has_bfloat16(self._device)
         self._batches = None
 
     @classmethod
@@ -113,8 +130,13 @@ class NucleiTrainer(DefaultTrainer):
 
     @classmethod
     def build_validation_loss_loader(cls, cfg: CfgNode) -> DataLoader:
-        """Whole images of ``DATASETS.VAL`` with ground truth, without random augmentation."""
-        mapper = NucleiDatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))
+        """Images of ``DATASETS.VAL`` with ground truth, without random augmentation.
+
+        Their centres, as large as a training crop: matching anchors with nuclei takes memory in
+        proportion to both, which a whole image may not leave.
+        """
+        augmentations = [*build_augmentation(cfg, False), CenterCrop(cfg.INPUT.CROP.SIZE)]
+        mapper = NucleiDatasetMapper(cfg, True, augmentations=augmentations)
         return build_detection_test_loader(cfg, cfg.DATASETS.VAL, mapper=mapper)
 
     @classmethod
@@ -133,8 +155,10 @@ class NucleiTrainer(DefaultTrainer):
         period = cfg.TEST.EVAL_PERIOD
         built = [hooks.IterationTimer(), hooks.LRScheduler()]
         if comm.is_main_process():
+            # The last two are enough to resume from.
+            checkpoint_period = cfg.SOLVER.CHECKPOINT_PERIOD
             built.append(
-                hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+                hooks.PeriodicCheckpointer(self.checkpointer, checkpoint_period, max_to_keep=2)
             )
         if cfg.DATASETS.VAL and period > 0:
             loader = self.build_validation_loss_loader(cfg)
@@ -165,7 +189,8 @@ class NucleiTrainer(DefaultTrainer):
         start = time.perf_counter()
         if self._batches is None:
             self._batches = iter(self.data_loader)
-        batch = next(self._batches)
+        with one_line_errors():
+            batch = next(self._batches)
         data_time = time.perf_counter() - start
 
         losses = self._forward(batch)
@@ -176,9 +201,8 @@ class NucleiTrainer(DefaultTrainer):
         self.optimizer.step()
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
-        amp = self.cfg.SOLVER.AMP.ENABLED
         try:
-            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=amp):
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._amp):
                 losses = self.model(batch)
             if not torch.isfinite(sum(losses.values())):
                 raise FloatingPointError({name: float(value) for name, value in losses.items()})
@@ -207,8 +231,26 @@ def evaluate(cfg: CfgNode, model: nn.Module, dataset_names) -> OrderedDict:
     for name in dataset_names:
         evaluator = NucleiTrainer.build_evaluator(cfg, name)
         loader = NucleiTrainer.build_test_loader(cfg, name)
-        results[name] = inference_on_dataset(model, loader, evaluator) or {}
+        with one_line_errors():
+            results[name] = inference_on_dataset(model, loader, evaluator) or {}
     return results
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Reduce a data loader worker's error, which comes with its traceback, to its message."""
+    try:
+        yield
+    except NucleiError as error:
+        raise NucleiError(str(error).strip().splitlines()[-1].split("NucleiError: ")[-1]) from error
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 there: a CPU without its instructions emulates it."""
+    if device.type != "cpu" or bfloat16_support().startswith(("fast", "yes")):
+        return True
+    _logger.warning("this CPU only emulates bfloat16: training in float32 (SOLVER.AMP.ENABLED)")
+    return False
 
 
 def by_task(results: OrderedDict) -> dict:

@@ -83,9 +83,10 @@ def coco_ap(truth: COCO, predictions: Sequence[dict], task: str, max_dets: int) 
     names = {"small": "APs", "medium": "APm", "large": "APl"}
     if not predictions:
         return _no_predictions(truth, names)
-    scorer = COCOeval_faster(
-        truth, truth.loadRes(list(predictions)), task, print_function=_logger.debug
-    )
+    if task == "segm":  # with a box, loadRes takes its area for the mask's
+        predictions = [{k: v for k, v in p.items() if k != "bbox"} for p in predictions]
+    found = truth.loadRes(list(predictions))
+    scorer = COCOeval_faster(truth, found, task, print_function=_logger.debug)
     scorer.params.maxDets = [max_dets]
     scorer.params.areaRng = [list(r) for r in AREA_RANGES.values()]
     scorer.params.areaRngLbl = list(AREA_RANGES)

@@ -182,8 +182,8 @@ class LabelMasks:
 
 
 def _clamp_boxes(boxes: torch.Tensor, image_size: torch.Size) -> torch.Tensor:
-    """Bound boxes to one image size around the image, and inverted ones to no area."""
+    """Bound boxes to one image size around the image; inverted and NaN ones have no area."""
     height, width = image_size
     size = boxes.new_tensor([width, height, width, height])
-    boxes = torch.minimum(torch.maximum(boxes, -size), 2 * size)
+    boxes = torch.minimum(torch.maximum(boxes.nan_to_num(0), -size), 2 * size)
     return torch.cat([boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])], dim=1)

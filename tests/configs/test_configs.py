@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS
 from detectron2.utils.events import EventStorage
+from tiny import CONFIGS
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.dataset_mapper import labels_to_instances

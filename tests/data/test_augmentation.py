@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.augmentation import (
+    CenterCrop,
     IntensityTransform,
     RandomIntensity,
     RandomRotation90,
@@ -326,3 +327,11 @@ def test_numpy_seed_decides_everything():
         images.extend(augment([]) for _ in range(3))
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert first[0].shape != first[1].shape or not np.array_equal(first[0], first[1])
+
+
+def test_center_crop_is_the_middle_or_all_of_it():
+    image = np.arange(7 * 9, dtype=np.float32).reshape(7, 9)
+    assert np.array_equal(
+        CenterCrop((3, 5)).get_transform(image).apply_image(image), image[2:5, 2:7]
+    )
+    assert np.array_equal(CenterCrop((20, 20)).get_transform(image).apply_image(image), image)

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path, name):
     assert not marker.exists()
 
 
+def test_a_pickle_behind_another_address_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": Evil(str(tmp_path / "ran"))}))
+    checkpointer = NucleiCheckpointer(model(), "")
+    monkeypatch.setattr(checkpointer.path_manager, "get_local_path", lambda _: str(path))
+    with pytest.raises(NucleiError, match=r"catalog://R-50 is a pickle"):
+        checkpointer.load("catalog://R-50")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_trusted_pickle_is_loaded(tmp_path):
     net = model()
     weights = {k: v.numpy() for k, v in net.state_dict().items()}
@@ -103,8 +114,13 @@ def test_truncated_text_and_missing_files_are_one_line(tmp_path):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     _, path = saved(tmp_path)
-    with pytest.raises(NucleiError, match="no tensor of this model"):
-        NucleiCheckpointer(nn.Sequential(nn.Conv2d(1, 1, 1)), "").load(path)
+    renamed = shutil.copy(path, tmp_path / "model.pt")
+    for name in (path, str(renamed)):
+        other = NucleiCheckpointer(nn.Sequential(nn.Conv2d(1, 1, 1)), "")
+        with pytest.raises(NucleiError, match="no tensor of this model"):
+            other.load(name)
+        with pytest.raises(NucleiError, match="does not fit this config"):
+            other.load_exactly(name)
 
 
 def test_inference_needs_every_tensor_to_fit(tmp_path):

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from nuclei_d2.engine.hooks import BestCheckpointer, ValidationLoss
+from nuclei_d2.utils.errors import NucleiError
 
 
 class Model(nn.Module):
@@ -41,9 +43,55 @@ def test_measuring_leaves_no_trace_in_training():
     assert model.weight.grad is None
 
 
-def test_the_best_score_survives_a_resume():
-    hook = BestCheckpointer(1, checkpointer=None, val_metric="segm/AP")
-    hook.best_metric, hook.best_iter = 41.5, 999
-    resumed = BestCheckpointer(1, checkpointer=None, val_metric="segm/AP")
-    resumed.load_state_dict(hook.state_dict())
-    assert (resumed.best_metric, resumed.best_iter) == (41.5, 999)
+def test_measuring_leaves_no_trace_in_the_training_curves():
+    class Logging(Model):
+        def forward(self, batch):
+            get_event_storage().put_scalar("rpn/accuracy", 0.5)
+            return super().forward(batch)
+
+    with EventStorage() as storage:
+        ValidationLoss(1, Logging().train(), [torch.full((2, 1), 3.0)]).measure()
+        assert storage.histories() == {}
+
+
+class Run:
+    """A trainer's part that hooks look at."""
+
+    def __init__(self, storage, iteration):
+        self.storage, self.iter, self.max_iter = storage, iteration, 10_000
+
+
+class Saves:
+    """A checkpointer that keeps the state that the hook had while saving."""
+
+    def __init__(self):
+        self.states = []
+
+    def save(self, name, **extra):
+        self.states.append((name, extra["iteration"], self.hook.state_dict()))
+
+
+def feed(hook, saves, scores):
+    saves.hook = hook
+    for iteration, score in scores.items():
+        with EventStorage(iteration) as storage:
+            storage.put_scalar("segm/AP", score)
+            hook.trainer = Run(storage, iteration)
+            hook.after_step()
+
+
+def test_the_best_score_survives_a_resume_from_the_best_checkpoint():
+    saves = Saves()
+    feed(BestCheckpointer(1000, saves, "segm/AP"), saves, {999: 40.0, 1999: 50.0})
+    assert [s[:2] for s in saves.states] == [("model_best", 999), ("model_best", 1999)]
+    resumed = BestCheckpointer(1000, saves, "segm/AP")
+    resumed.load_state_dict(saves.states[-1][2])
+    feed(resumed, saves, {2999: 45.0})
+    assert len(saves.states) == 2
+    feed(resumed, saves, {3999: 51.0, 4999: float("nan")})
+    assert saves.states[-1][:2] == ("model_best", 3999)
+
+
+def test_a_metric_that_nobody_measures_is_named():
+    with pytest.raises(NucleiError, match=r"segm/APP is not measured; there are: segm/AP"):
+        feed(BestCheckpointer(1, Saves(), "segm/APP"), Saves(), {0: 1.0})

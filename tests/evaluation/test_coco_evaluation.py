@@ -122,6 +122,26 @@ def test_ap_by_hand(dataset):
     assert result["segm"]["AR"] == pytest.approx(50)
 
 
+def test_size_ranges_of_masks_go_by_the_mask_not_its_box():
+    """Disks of 253 px^2 are small, though their boxes of 361 px^2 are medium."""
+    y, x = np.mgrid[:64, :64]
+    disks = [(y - 20) ** 2 + (x - c) ** 2 <= 81 for c in (15, 45)]
+    rles = [mask_util.encode(np.asfortranarray(d)) for d in disks]
+    assert [mask_util.area(r) for r in rles] == [253, 253]
+    rles = [{**r, "counts": r["counts"].decode()} for r in rles]
+    box = {"bbox": [6.0, 11.0, 25.0, 30.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    truth = {**record(1, [], (64, 64)), "annotations": [{**box, "segmentation": rles[0]}]}
+    found = [
+        {"image_id": 1, "category_id": 1, "score": score, "segmentation": rle, "bbox": bbox}
+        for score, rle, bbox in ((0.8, rles[0], [6, 11, 19, 19]), (0.9, rles[1], [36, 11, 19, 19]))
+    ]
+    result = coco_ap(dataset_to_coco([truth]), found, "segm", max_dets=10)
+    # The false disk, scored higher, is small too: precision 1/2 at every recall.
+    assert result["APs"] == pytest.approx(50)
+    assert np.isnan(result["APm"])
+    assert coco_ap(dataset_to_coco([truth]), found, "bbox", max_dets=10)["AP"] == pytest.approx(50)
+
+
 def test_no_prediction_is_zero_and_no_truth_is_undefined(dataset):
     empty = instances([], [])
     dicts = [record(1, [(0, 0, 20, 20)])]

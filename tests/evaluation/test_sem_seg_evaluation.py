@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DATA_OPTS
 from detectron2.data import DatasetCatalog
+from tiny import TINY_DATA_OPTS
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.builtin import register_from_config

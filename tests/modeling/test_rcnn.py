@@ -135,3 +135,17 @@ def test_empty_results_keep_the_shape():
     results = postprocess(results, 40, 60)
     assert results.pred_boundaries.shape == results.pred_masks.shape == (0, 40, 60)
     assert results.pred_boundaries.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("level", [10.0, 230.0])
+def test_padding_looks_like_the_background(tiny_config, level):
+    model = build_model(tiny_config())
+    image = torch.full((3, 40, 60), level)
+    image[:, 10:20, 10:20] = 255 - level
+    batch = model.preprocess_image([{"image": image}, {"image": torch.full((3, 64, 32), 100.0)}])
+    assert batch.tensor.shape == (2, 3, 64, 64)
+    raw = batch.tensor * model.pixel_std + model.pixel_mean
+    assert torch.allclose(raw[0, :, :40, :60], image, atol=1e-3)
+    assert torch.allclose(raw[0, :, 40:], torch.tensor(level), atol=1e-3)
+    assert torch.allclose(raw[0, :, :, 60:], torch.tensor(level), atol=1e-3)
+    assert torch.allclose(raw[1], torch.tensor(100.0), atol=1e-3)

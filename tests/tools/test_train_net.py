@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIGS, REPOSITORY, TINY_DATA_OPTS, TINY_OPTS
+from tiny import CONFIGS, REPOSITORY, TINY_DATA_OPTS, TINY_OPTS
 
 
 def command(out, *words, config="mask_boundary_rcnn.yaml"):

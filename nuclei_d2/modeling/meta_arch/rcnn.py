@@ -1,10 +1,11 @@
 """R-CNN whose predictions carry boundary maps."""
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 
@@ -21,6 +22,27 @@ class NucleiRCNN(GeneralizedRCNN):
         """Takes the keyword arguments of :class:`GeneralizedRCNN`."""
         super().__init__(**kwargs)
         self.backbone.register_forward_hook(_features_to_float32)
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise and batch the images; what is padded looks like their background.
+
+        Detectron2 pads with the mean intensity, next to which nuclei at the right and bottom
+        edge were missed. The median of an image is background, dark or bright, unless nuclei
+        cover half of it.
+        """
+        images = [
+            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
+        background = torch.stack(
+            [image[:, ::4, ::4].flatten(1).median(dim=1).values for image in images]
+        )[:, :, None, None]
+        batch = ImageList.from_tensors(
+            [image - level for image, level in zip(images, background, strict=True)],
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+        batch.tensor = batch.tensor + background
+        return batch
 
     def inference(
         self,
