@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class SmallROIAlign(ROIAlign):
-    """:class:`detectron2.layers.ROIAlign` (aligned), several times faster on CPUs for small boxes.
+    """:class:`detectron2.layers.ROIAlign` (aligned), faster on CPUs for small boxes.
 
     Same results, up to the rounding of sums. Where a box has bins no wider than a feature pixel, as
     nuclei do, adaptive sampling takes one bilinear sample per bin: a weighted sum of four feature

@@ -11,7 +11,7 @@ class UpsamplePredictor(nn.Module):
 
     The four output pixels of an input pixel depend on that pixel alone, so both layers are matrix
     products at the input's resolution, and only the logits are spread over the output grid. Same
-    result as layer after layer, in a third of the time on CPUs.
+    result as layer after layer, in less time on CPUs.
     """
 
     def __init__(self, in_channels: int, hidden_channels: int, num_classes: int):
