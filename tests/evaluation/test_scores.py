@@ -3,6 +3,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from nuclei_d2.evaluation.instances import layers_from_label_image
 from nuclei_d2.evaluation.scores import ScoreTable, nest, score_image, write_per_image
@@ -50,6 +53,21 @@ def test_perfect_predictions_score_one_in_everything(count):
     assert set(edge["iou"].values()) == {1.0}
     assert edge["instance_f1_1px"]["0.95"] == 1
     assert summary["n_gt"] == summary["n_pred"] == count
+
+
+@given(
+    hnp.arrays(np.int32, (8, 9), elements=st.integers(0, 5)).filter(np.any),
+    st.permutations(range(1, 6)),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_same_nuclei_renumbered_are_perfect(labels, numbers):
+    summary = ScoreTable([score(labels, 7 * np.array([0, *numbers])[labels])]).summary()
+    for part in ("pooled", "image_mean"):
+        assert summary[part]["f1"]["mean"] == summary[part]["accuracy"]["mean"] == 1
+        assert summary[part]["pq"] == summary[part]["dice"] == 1
+    assert summary["image_mean"]["aji"] == summary["image_mean"]["aji_plus"] == 1
+    assert summary["boundary"]["f1"] == summary["boundary"]["nsd"] == 1
+    assert summary["boundary"]["hd95"] == 0
 
 
 def test_pooled_and_image_mean_by_hand():
