@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.postprocessing import sem_seg_postprocess
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -144,17 +145,26 @@ class UNet(nn.Module):
         for inputs, maps in zip(batched_inputs, self.predict_maps(batched_inputs), strict=True):
             network_size = tuple(maps.shape[-2:])
             size = (inputs.get("height", network_size[0]), inputs.get("width", network_size[1]))
-            labels, scores = self.decoder(np.ascontiguousarray(maps.cpu().numpy()))
-            instances = predictions_from_labels(
-                labels,
-                scores,
-                size,
-                score_threshold=self.score_threshold,
-                max_instances=self.max_instances,
-            )
+            instances = self.decode(maps.cpu().numpy(), size).to(maps.device)
             sem_seg = sem_seg_postprocess(maps[: self.num_classes], network_size, *size)
-            results.append({"sem_seg": sem_seg, "instances": instances.to(maps.device)})
+            results.append({"sem_seg": sem_seg, "instances": instances})
         return results
+
+    def decode(self, maps: np.ndarray, image_size: tuple[int, int]) -> Instances:
+        """Nuclei of one image from what :meth:`predict_maps` returns for it, best first.
+
+        Args:
+            maps: (C, h, w).
+            image_size: (H, W) of the result.
+        """
+        labels, scores = self.decoder(np.ascontiguousarray(maps))
+        return predictions_from_labels(
+            labels,
+            scores,
+            image_size,
+            score_threshold=self.score_threshold,
+            max_instances=self.max_instances,
+        )
 
     def predict_maps(self, batched_inputs: list[dict]) -> list[Tensor]:
         """What the decoder takes: float32 (C, h, w) in 0..1 of every ``image``, at its size.
