@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nuclei_d2.data.datasets.builtin import check_own_name
 from nuclei_d2.data.datasets.formats.coco_json import list_coco
 from nuclei_d2.data.datasets.prepare import (
     add_split_arguments,
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder or zip that its file names refer to")
     add_split_arguments(parser)
     args = parser.parse_args()
+    check_own_name(args.name)
     split, rule = parse_split(args)
     listing = list_coco(args.json, args.images, split, args.modality)
     run(listing, args.name, args, split_rule=rule)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nuclei_d2.data.datasets.builtin import check_own_name
 from nuclei_d2.data.datasets.formats.folder import list_folder
 from nuclei_d2.data.datasets.prepare import (
     add_split_arguments,
@@ -20,6 +21,7 @@ def main() -> None:
     )
     add_split_arguments(parser)
     args = parser.parse_args()
+    check_own_name(args.name)
     split, rule = parse_split(args)
     listing = list_folder(args.images, args.labels, split, args.modality)
     run(listing, args.name, args, split_rule=rule)

@@ -91,8 +91,6 @@ def measure_datasets(
     measured = {}
     for name in names:
         records = DatasetCatalog.get(name)
-        if not records:
-            raise NucleiError(f"{name} has no images; prepare it again")
         measured[name] = [measure_record(record) for record in tqdm(records, name, unit="image")]
     return measured
 

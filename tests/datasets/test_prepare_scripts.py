@@ -156,6 +156,10 @@ def test_a_mistake_is_one_line_and_a_failure(tmp_path):
         (["missing", "missing", "--name", "x"], "no folder or zip missing"),
         (["images", "labels", "--name", "../x"], "'../x' cannot be a file name"),
         (["images", "labels", "--name", "x", "--split", "1/1/1"], "--split is '1/1/1'"),
+        (["images", "labels", "--name", "dsb2018"], "dsb2018 is a known data set; choose another"),
+        (["images", "labels", "--name", "DSB2018"], "DSB2018 is a known data set"),
+        (["images", "labels", "--name", "dsb2018_histology"], "is a known data set"),
+        (["images", "labels", "--name", "synthetic"], "is a known data set"),
         (["images", "labels", "--name", "x", "--workers", "0"], "--workers is 0"),
     ],
 )

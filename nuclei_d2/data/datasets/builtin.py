@@ -55,6 +55,17 @@ def register_from_config(cfg: CfgNode) -> None:
             _register_custom(name, json_file, json_file.parent.parent)
 
 
+def check_own_name(dataset: str) -> str:
+    """Return ``dataset`` if it can be the name of somebody's own data set.
+
+    Raises:
+        NucleiError: with a split behind it, it would be the registered name of a known set.
+    """
+    if any(f"{dataset.lower()}_{split}" in _FOLDERS for split in SPLITS):
+        raise NucleiError(f"--name {dataset} is a known data set; choose another name")
+    return dataset
+
+
 def check_available(names: Iterable[str]) -> None:
     """Find out before a long run, not at its end, whether its data are there.
 
@@ -127,6 +138,11 @@ def _load_custom(name: str, json_file: str, image_root: str) -> list[dict[str, A
 def _missing(name: str, json_file: str) -> str:
     if name not in _FOLDERS:
         return f"{name}: no {json_file}; mend DATASETS.CUSTOM or prepare the set again"
+    if any(Path(json_file).parent.glob("*.json")):
+        return (
+            f"{name}: no {json_file}; none of the images prepared there belongs to it: leave it "
+            f"out, or run `python datasets/prepare_{_FOLDERS[name]}.py SOURCE` with all images"
+        )
     script = f"datasets/prepare_{_FOLDERS[name]}.py"
     return f"{name}: no {json_file}; run `python {script} SOURCE` or set DETECTRON2_DATASETS"
 

@@ -169,10 +169,12 @@ def load_nuclei_json(
             category, ``thing_dataset_id_to_contiguous_id``.
 
     Raises:
-        NucleiError: the file is missing, broken or no COCO instance annotation, ids occur
-            twice, or an annotation has no usable segmentation.
+        NucleiError: the file is missing, broken or no COCO instance annotation, lists no
+            image, ids occur twice, or an annotation has no usable segmentation.
     """
     content = read_coco_json(json_file)
+    if not content["images"]:
+        raise NucleiError(f"{json_file} lists no image; leave this data set out of the config")
     extras = {image["id"]: image for image in content["images"]}
     root = Path(image_root).absolute()
     try:

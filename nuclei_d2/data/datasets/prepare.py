@@ -31,6 +31,7 @@ from nuclei_d2.data.datasets.coco import (
     BoxedMask,
     mask_to_annotation,
     masks_to_label_image,
+    read_coco_json,
     write_coco_json,
 )
 from nuclei_d2.data.datasets.sources import check_image_id
@@ -142,28 +143,30 @@ def prepare(
     """Write ``<root>/<dataset>/{images,labels,annotations}`` and ``preparation.json``.
 
     Every file is written atomically and depends on the source alone: a second run gives the
-    same bytes, an interrupted one can be run again.
+    same bytes, an interrupted one can be run again. The annotation files of the splits that
+    ``listing`` fills are replaced; those of other splits stay.
 
     Args:
         listing: what a format found.
         dataset: folder name and first part of the registered names ``<dataset>_<split>``.
         root: default :func:`datasets_root`.
-        split_rule: how the split came about, for the accounting. Where an earlier preparation
-            had another one, its annotation files are removed, so that no image can be in two.
+        split_rule: how the split came about, for the accounting.
         modality: prepare only images of this one (names then carry it), or "all".
         by_modality: also write ``<dataset>_<modality>_<split>``.
         workers: processes; default one per usable core. 1 works in this process.
         progress: show a progress bar.
 
     Returns:
-        The accounting, as in preparation.json.
+        The accounting; preparation.json lists it among its "runs".
 
     Raises:
-        NucleiError: an unreadable image or mask, sizes that differ, an id that occurs twice or
-            cannot be a file name, no image at all.
+        NucleiError: an unreadable image or mask, sizes that differ, an id that occurs twice,
+            stands in another split that stays, or cannot be a file name, no image at all.
     """
     folder = (root or datasets_root()) / check_image_id(dataset)
     records = _check_records(listing.records, dataset)
+    prefix = f"{dataset}_{modality}" if by_modality and modality != "all" else dataset
+    _check_other_splits(records, folder, prefix)
     work = partial(_prepare_image, folder=folder, modality=modality)
     results = _run_parallel(work, records, workers or _usable_cores(), dataset, progress)
     images = []
@@ -174,14 +177,13 @@ def prepare(
     if not images:
         raise NucleiError(f"{dataset}: no {modality} image among the {len(records)}")
     groups = _group(images, dataset, modality, by_modality)
-    _remove_other_split(folder, split_rule)
     for name, group in groups.items():
         path = folder / "annotations" / f"{name}.json"
         write_coco_json(path, [image.entry for image in group], description=name)
     report = _account(images, listing.skipped)
     settings = {"dataset": dataset, "split_rule": split_rule, "modality": modality}
     report = {**settings, "annotations": sorted(groups), **report}
-    write_json(folder / "preparation.json", report)
+    write_json(folder / "preparation.json", {"runs": _merge_runs(folder, report)})
     return report
 
 
@@ -197,6 +199,27 @@ def _check_records(records: Sequence[Record], dataset: str) -> list[Record]:
                 f"{record.image} and {other.image} have the same id {record.image_id}; rename one"
             )
     return sorted(records, key=lambda record: record.image_id)
+
+
+def _check_other_splits(records: Sequence[Record], folder: Path, prefix: str) -> None:
+    """No image may be in two splits: look into the annotation files that this run leaves as is.
+
+    It replaces ``<prefix>_<split>`` for every split of the records.
+    A file's split is its name's last word; other files than those of splits are not looked at.
+    """
+    split_of = {r.image_id.lower(): r.split.rpartition("_")[2] for r in records}
+    replaced = {f"{prefix}_{record.split}" for record in records}
+    for path in sorted((folder / "annotations").glob("*.json")):
+        split = path.stem.rpartition("_")[2]
+        if split not in SPLITS or path.stem in replaced:
+            continue
+        for image in read_coco_json(path)["images"]:
+            image_id = Path(image["file_name"]).stem
+            if split_of.get(image_id.lower(), split) != split:
+                raise NucleiError(
+                    f"image {image_id} would be in {split_of[image_id.lower()]} and stands in "
+                    f"{path} too; choose another name for the data set, or remove that file"
+                )
 
 
 def _usable_cores() -> int:
@@ -323,7 +346,7 @@ def _note(named: Sequence[NamedMask], size: tuple[int, int]) -> tuple[bool, list
 def _group(
     images: Iterable[_Prepared], dataset: str, modality: str, by_modality: bool
 ) -> dict[str, list[_Prepared]]:
-    """Registered name -> its images. Every split has its name, if without images."""
+    """Registered name -> its images, where there are any."""
     images = list(images)
     kinds = sorted({image.entry["modality"] for image in images}) if by_modality else []
     prefixes = {f"{dataset}_{kind}": kind for kind in kinds}
@@ -337,18 +360,23 @@ def _group(
                 for image in images
                 if image.split == split and kind in ("all", image.entry["modality"])
             ]
-    return groups
+    return {name: group for name, group in groups.items() if group}
 
 
-def _remove_other_split(folder: Path, split_rule: str) -> None:
-    """Remove the annotations of a preparation that split the images differently."""
+def _merge_runs(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The accounting of every run of which an annotation file stands, with those that do."""
     try:
-        earlier = json.loads((folder / "preparation.json").read_text())["split_rule"]
+        earlier = json.loads((folder / "preparation.json").read_text())["runs"]
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if earlier != split_rule:
-        for path in (folder / "annotations").glob(f"{folder.name}_*.json"):
-            path.unlink()
+        earlier = []
+    standing = {path.stem for path in (folder / "annotations").glob("*.json")}
+    standing -= set(report["annotations"])
+    runs = [report]
+    for run in earlier:
+        names = [name for name in run["annotations"] if name in standing]
+        if names:
+            runs.append({**run, "annotations": names})
+    return sorted(runs, key=lambda run: run["annotations"])
 
 
 def _account(images: Sequence[_Prepared], skipped: dict[str, str]) -> dict[str, Any]:

@@ -75,6 +75,13 @@ def test_missing_data_say_what_to_run(root, name):
     )
 
 
+def test_a_modality_without_images_in_a_split_is_one_line(root):
+    prepared(root / "dsb2018", "dsb2018_val")
+    with pytest.raises(NucleiError, match="none of the images prepared there belongs") as caught:
+        DatasetCatalog.get("dsb2018_histology_val")
+    assert "\n" not in str(caught.value)
+
+
 def test_root_is_looked_up_when_data_are_read(root, tmp_path, monkeypatch):
     prepared(root / "dsb2018", "dsb2018_val", images=2)
     other = prepared(tmp_path / "other/dsb2018", "dsb2018_val", images=3)

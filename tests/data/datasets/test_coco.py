@@ -221,6 +221,13 @@ def test_broken_content_is_one_line_that_names_the_file(tmp_path, content, messa
     assert "\n" not in str(caught.value)
 
 
+def test_no_image_at_all(tmp_path):
+    path = save(tmp_path / "none.json", coco([], images=[]))
+    with pytest.raises(NucleiError, match=r"none\.json lists no image") as caught:
+        load_nuclei_json(path, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_and_truncated_json(tmp_path):
     with pytest.raises(NucleiError, match=r"nothing\.json"):
         load_nuclei_json(tmp_path / "nothing.json", tmp_path)

@@ -153,7 +153,7 @@ def test_labels_follow_the_annotations_and_the_accounting_adds_up(tmp_path):
         "histology",
         "fluorescence",
     ]
-    assert json.loads((folder / "preparation.json").read_text()) == report
+    assert json.loads((folder / "preparation.json").read_text()) == {"runs": [report]}
     assert report["masks_found"] == 5
     assert report["masks_kept"] == 4
     assert report["masks_dropped"] == {"empty": 1}
@@ -197,8 +197,6 @@ def test_modalities_have_names_of_their_own(tmp_path):
         "set_train": 1,
         "set_test": 1,
         "set_fluorescence_train": 1,
-        "set_fluorescence_test": 0,
-        "set_histology_train": 0,
         "set_histology_test": 1,
     }
 
@@ -217,16 +215,68 @@ def test_one_modality_prepares_nothing_else(tmp_path):
         prepare(Listing(records), "set", modality="z", **options)
 
 
-def test_another_split_leaves_no_image_in_two(tmp_path):
-    one = record(tmp_path / "in", "a")
+def test_parts_under_one_name_stand_side_by_side(tmp_path):
     options = {"root": tmp_path, "progress": False}
-    prepare(Listing([one]), "set", split_rule="first", **options)
-    prepare(Listing([replace(one, split="val")]), "set", split_rule="first", **options)
-    names = {p.name for p in (tmp_path / "set/annotations").iterdir()}
-    assert names == {"set_train.json", "set_val.json"}  # same rule: other sources, both are valid
-    prepare(Listing([replace(one, split="test")]), "set", split_rule="second", **options)
-    names = {p.name for p in (tmp_path / "set/annotations").iterdir()}
-    assert names == {"set_test.json"}
+    parts = {
+        split: Listing([record(tmp_path / "in", image_id, split=split)])
+        for image_id, split in (("a", "train"), ("b", "test"))
+    }
+    unrelated = tmp_path / "set/annotations/subset.json"
+    unrelated.parent.mkdir(parents=True)
+    unrelated.write_text("mine")
+    for split, part in parts.items():
+        prepare(part, "set", split_rule=f"all to {split}", **options)
+    once = contents(tmp_path / "set")
+    assert {path.name for path in once} == {
+        *("a.png", "b.png", "set_train.json", "set_test.json"),
+        *("subset.json", "preparation.json"),
+    }
+    runs = json.loads(once[Path("preparation.json")])["runs"]
+    assert [run["annotations"] for run in runs] == [["set_test"], ["set_train"]]
+    assert [run["split_rule"] for run in runs] == ["all to test", "all to train"]
+    prepare(parts["train"], "set", split_rule="all to train", **options)  # again
+    assert contents(tmp_path / "set") == once
+
+
+def test_a_replaced_split_leaves_the_accounting(tmp_path):
+    options = {"root": tmp_path, "progress": False}
+    records = [record(tmp_path / "in", k, split=s) for k, s in (("a", "train"), ("b", "val"))]
+    prepare(Listing(records), "set", **options)
+    prepare(Listing([record(tmp_path / "in", "c")]), "set", **options)
+    runs = json.loads((tmp_path / "set/preparation.json").read_text())["runs"]
+    assert [run["annotations"] for run in runs] == [["set_train"], ["set_val"]]
+    assert [run["images"] for run in runs] == [1, 2]
+    prepare(Listing([replace(r, split="val") for r in records[1:]]), "set", **options)
+    runs = json.loads((tmp_path / "set/preparation.json").read_text())["runs"]
+    assert [run["images"] for run in runs] == [1, 1]
+
+
+@pytest.mark.parametrize("image_id", ["a", "A"])
+def test_no_image_gets_into_two_splits(tmp_path, image_id):
+    options = {"root": tmp_path, "split_rule": "same", "progress": False}
+    prepare(Listing([record(tmp_path / "in", "a"), record(tmp_path / "in", "b")]), "set", **options)
+    before = contents(tmp_path / "set")
+    moved = Listing([record(tmp_path / "other", image_id, ["...x ...x"], split="val")])
+    with pytest.raises(NucleiError, match=r"image a .*set_train\.json.*another name") as caught:
+        prepare(moved, "set", **options)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path / "set") == before
+    (tmp_path / "set/annotations/set_train.json").unlink()
+    prepare(moved, "set", **options)
+    runs = json.loads((tmp_path / "set/preparation.json").read_text())["runs"]
+    assert [run["annotations"] for run in runs] == [["set_val"]]
+
+
+def test_another_split_of_all_images_replaces_the_first(tmp_path):
+    options = {"root": tmp_path, "progress": False}
+    splits = {"a": "train", "b": "val"}
+    for _ in range(2):
+        records = [record(tmp_path / "in", k, split=split) for k, split in splits.items()]
+        prepare(Listing(records), "set", **options)
+        for name, split in splits.items():
+            (image,) = load(tmp_path / "set", f"set_{split}").dataset["images"]
+            assert image["file_name"] == f"images/{name}.png"
+        splits = {"a": "val", "b": "train"}
 
 
 @pytest.mark.parametrize("image_id", ["", ".hidden", "..", "a/b", "a\\b", "C:x", "a\nb", "x" * 201])
