@@ -47,6 +47,7 @@ SPLITS = ("train", "val", "test")
 EMPTY, DUPLICATE, HIDDEN = "empty", "duplicate", "wholly hidden"
 FRAGMENTS, OVERLAPPING = "disconnected fragments", "overlapping"
 
+_FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)
 _EIGHT_CONNECTED = np.ones((3, 3), int)
 
 
@@ -118,15 +119,22 @@ def guess_modality(image: np.ndarray) -> str:
     """Judge a raw (H, W, C) float32 image by its background, i.e. its median brightness.
 
     Below 0.4 of full scale: "fluorescence". Else "histology" if it is coloured, "brightfield"
-    if it is grey. Full scale is 255, or the largest pixel if that is more, or 1 if it is
-    at most 1.
+    if it is grey. Full scale is 1, 255 or that of a camera with 10, 12, 14 or 16 bits, the
+    least that holds the largest pixel. But a grey image of more than 8 bits without anything
+    darker than 0.8 of its background shows no absorbing nuclei; it may be an empty field,
+    whose largest pixel tells nothing of the camera: then full scale is that of 16 bits.
     """
     largest = float(image.max(initial=0))
-    full_scale = 1.0 if largest <= 1 else max(255.0, largest)
-    if np.median(image.mean(axis=2)) < 0.4 * full_scale:
-        return "fluorescence"
+    full_scale = next((scale for scale in _FULL_SCALES if largest <= scale), largest)
     colour = (image.max(axis=2) - image.min(axis=2)).mean()
-    return "histology" if colour > 0.01 * full_scale else "brightfield"
+    coloured = colour > 0.01 * full_scale
+    grey = image.mean(axis=2)
+    darkest, background = np.percentile(grey, (1, 50))
+    if largest > 255 and not coloured and darkest > 0.8 * background:
+        full_scale = max(full_scale, _FULL_SCALES[-1])
+    if background < 0.4 * full_scale:
+        return "fluorescence"
+    return "histology" if coloured else "brightfield"
 
 
 def prepare(

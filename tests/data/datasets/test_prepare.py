@@ -92,6 +92,23 @@ def test_modality_of_grey_images(pixels, expected):
     assert guess_modality(np.repeat(image, 3, axis=2)) == expected
 
 
+@pytest.mark.parametrize("level", [300, 800, 2000, 9000])
+def test_an_empty_16_bit_field_is_dark(level):
+    noise = np.random.default_rng(0).normal(0, level**0.5, (64, 64, 1))
+    field = np.rint(level + noise).astype(np.float32)
+    assert guess_modality(field) == "fluorescence"
+    field[:8, :8] *= 1.2  # a faint nucleus
+    assert guess_modality(field) == "fluorescence"
+
+
+@pytest.mark.parametrize("level", [800, 3000, 12000, 50000])
+def test_dark_objects_on_a_bright_field_of_any_bit_depth(level):
+    field = np.full((64, 64, 1), level, np.float32)
+    field[:8, :8] *= 0.6
+    assert guess_modality(field) == "brightfield"
+    assert guess_modality(field * np.float32((1, 0.8, 0.9))) == "histology"
+
+
 def test_modality_of_coloured_images():
     stained = np.full((4, 4, 3), (220, 160, 200), np.float32)
     assert guess_modality(stained) == "histology"
