@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nuclei_d2.config import load_config
+from nuclei_d2.data.datasets.formats.folder import image_key, labels_by_key
 from nuclei_d2.data.image_io import read_image, read_label
 from nuclei_d2.inference.inputs import find_images, is_image_name, unique_stems
 from nuclei_d2.inference.predictor import NucleiPredictor
@@ -46,7 +47,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--ground-truth",
         metavar="PATH",
-        help="draw this label image beside them; or a folder: the one of the image's name",
+        help="draw this label image beside them; or a folder, paired as in "
+        "datasets/prepare_folder.py: a.png, a_masks.png or a_cp_masks.png for a.tif",
     )
     parser.add_argument(
         "--opts",
@@ -103,21 +105,24 @@ def output_paths(images: list[Path], folder: Path) -> list[Path]:
 
 
 def find_labels(ground_truth: str, images: list[Path]) -> dict[str, Path]:
-    """{stem of an image: its label image}."""
+    """{image_key of an image: its label image}."""
     path = Path(ground_truth)
     if path.is_dir():
-        return {p.stem: p for p in sorted(path.iterdir()) if is_image_name(p)}
+        files = [p for p in sorted(path.iterdir()) if is_image_name(p)]
+        among_images = any(image.parent.samefile(path) for image in images)
+        return labels_by_key(files, among_images)
     if len(images) > 1:
         raise NucleiError(f"--ground-truth {path} is no folder, and there are {len(images)} images")
-    return {images[0].stem: path}
+    return {image_key(images[0]): path}
 
 
 def read_truth(labels: dict[str, Path], image: Path, size: tuple[int, int]) -> np.ndarray:
-    if image.stem not in labels:
-        raise NucleiError(f"{image}: no label image {image.stem}.* in the ground truth")
-    truth = read_label(labels[image.stem])
+    key = image_key(image)
+    if key not in labels:
+        raise NucleiError(f"{image}: no label image {key}.* or {key}_masks.* in the ground truth")
+    truth = read_label(labels[key])
     if truth.shape != size:
-        raise NucleiError(f"{labels[image.stem]} is {truth.shape}, but {image} is {size} pixels")
+        raise NucleiError(f"{labels[key]} is {truth.shape}, but {image} is {size} pixels")
     return truth
 
 

@@ -161,8 +161,21 @@ def test_ground_truth_of_another_size_fails_that_image_only(model, tmp_path, mon
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
     error = capsys.readouterr().err
     assert "b.png is (64, 48)" in error
-    assert "no label image c.*" in error
+    assert "no label image c.* or c_masks.*" in error
     assert "2 of 3 images failed" in error
+
+
+@pytest.mark.parametrize("truth", ["in/a_masks.png", "labels/a_cp_masks.png"])
+def test_ground_truth_of_cellpose(model, tmp_path, monkeypatch, capsys, truth):
+    write_image(tmp_path / "in/a_img.png")
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(np.ones((48, 64), np.uint8)).save(tmp_path / truth)
+    words = ["--config-file", model, "--input", tmp_path / "in/a_img.png"]
+    words += ["--output", tmp_path / "out", "--ground-truth", (tmp_path / truth).parent]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, words)])
+    run_in_process()
+    assert capsys.readouterr().err == ""
+    assert size_of(tmp_path / "out/a_img.png")[0] >= 2 * 64 * 16  # two pictures
 
 
 def test_boundaries_of_a_model_without_any(model, tmp_path, monkeypatch, capsys):

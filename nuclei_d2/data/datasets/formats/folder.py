@@ -1,17 +1,20 @@
 """Any folder of images with a folder of label images, as Cellpose and StarDist keep them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from nuclei_d2.data.datasets.formats.readers import read_label_file
 from nuclei_d2.data.datasets.prepare import Listing, Record
 from nuclei_d2.data.datasets.sources import SourceFile, list_images
 from nuclei_d2.utils.errors import NucleiError
 
+F = TypeVar("F", PurePath, SourceFile)
+
 _LABEL_ENDINGS = ("_cp_masks", "_masks")
-_IMAGE_ENDING = "_img"
+_IMAGE_ENDINGS = ("_img",)
 
 
 def list_folder(
@@ -36,9 +39,8 @@ def list_folder(
     """
     same = Path(images).resolve() == Path(labels).resolve()
     image_files = [f for f in list_images(images) if not (same and _is_label(f))]
-    label_files = [f for f in list_images(labels) if not same or _is_label(f)]
-    image_of = _by_stem(image_files, (_IMAGE_ENDING,))
-    label_of = _by_stem(label_files, _LABEL_ENDINGS)
+    image_of = _by_stem(image_files, image_key)
+    label_of = labels_by_key(list_images(labels), same)
     for stem in sorted(label_of.keys() - image_of.keys()):
         raise NucleiError(f"{label_of[stem]} has no image {stem}.* or {stem}_img.* in {images}")
     if not label_of:
@@ -53,15 +55,37 @@ def list_folder(
     return listing
 
 
-def _is_label(file: SourceFile) -> bool:
+def image_key(image: F) -> str:
+    """What an image and its label image have in common: the stem, without ``_img``."""
+    return _remove_ending(image.stem, _IMAGE_ENDINGS)
+
+
+def labels_by_key(files: Iterable[F], among_images: bool) -> dict[str, F]:
+    """:func:`image_key` of the image -> its label image.
+
+    Args:
+        files: label images; ``_masks`` or ``_cp_masks`` ends their stems, or nothing.
+        among_images: the files are images, too, so only those with such an ending count.
+
+    Raises:
+        NucleiError: two files stand for one image.
+    """
+    labels = [file for file in files if not among_images or _is_label(file)]
+    return _by_stem(labels, lambda file: _remove_ending(file.stem, _LABEL_ENDINGS))
+
+
+def _is_label(file: F) -> bool:
     return file.stem.endswith(_LABEL_ENDINGS)
 
 
-def _by_stem(files: list[SourceFile], endings: tuple[str, ...]) -> dict[str, SourceFile]:
-    found: dict[str, SourceFile] = {}
+def _remove_ending(stem: str, endings: tuple[str, ...]) -> str:
+    return stem.removesuffix(next((e for e in endings if stem.endswith(e)), ""))
+
+
+def _by_stem(files: Iterable[F], key: Callable[[F], str]) -> dict[str, F]:
+    found: dict[str, F] = {}
     for file in files:
-        ending = next((e for e in endings if file.stem.endswith(e)), "")
-        stem = file.stem.removesuffix(ending)
+        stem = key(file)
         if stem in found:
             raise NucleiError(f"{file} and {found[stem]} both stand for {stem}; keep one")
         found[stem] = file
