@@ -12,6 +12,7 @@ from pycocotools import mask as mask_util
 from scipy import ndimage
 
 from nuclei_d2.data.augmentation import build_augmentation
+from nuclei_d2.data.datasets.coco import segmentation_to_rle
 from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
 from nuclei_d2.data.targets import build_target
 from nuclei_d2.structures import LabelMasks
@@ -165,7 +166,7 @@ def paint_annotations(
     for label, annotation in enumerate(annotations, start=1):
         if annotation.get("iscrowd", 0):
             continue
-        rle = _to_rle(annotation.get("segmentation"), size, file_name)
+        rle = segmentation_to_rle(annotation.get("segmentation"), size, file_name)
         x, y, w, h = mask_util.toBbox(rle).astype(int)
         box = np.s_[y : y + h, x : x + w]
         mask = mask_util.decode(rle)[box].astype(bool)
@@ -175,21 +176,6 @@ def paint_annotations(
             layers.append(free)
         free[box][mask] = label
     return np.stack(layers, axis=2)
-
-
-def _to_rle(segmentation: Any, size: tuple[int, int], file_name: str) -> dict[str, Any]:
-    if not segmentation:
-        raise NucleiError(f"{file_name}: an annotation has no mask; nuclei need masks, not boxes")
-    if isinstance(segmentation, list):
-        return mask_util.merge(mask_util.frPyObjects(segmentation, *size))
-    if tuple(segmentation["size"]) != tuple(size):
-        raise NucleiError(
-            f"{file_name}: image is {_hw(size)} but a mask is {_hw(segmentation['size'])}; "
-            "prepare the data set again"
-        )
-    if isinstance(segmentation["counts"], list):
-        return mask_util.frPyObjects(segmentation, *size)
-    return segmentation
 
 
 def _hw(size: tuple[int, ...]) -> str:

@@ -11,9 +11,9 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 from skimage.measure import find_contours
 
+from nuclei_d2.data.datasets.coco import label_image_to_masks
 from nuclei_d2.data.image_io import normalize
 from nuclei_d2.structures.label_masks import LabelMasks
 
@@ -208,14 +208,9 @@ def _crop_of_mask(mask: np.ndarray) -> _Crop:
 
 def _crops_of_labels(labels: np.ndarray) -> dict[int, _Crop]:
     """{label: its crop}, ascending."""
-    values, dense = np.unique(labels, return_inverse=True)
-    if values.size and values[0] != 0:  # no background
-        values, dense = np.insert(values, 0, 0), dense + 1
-    dense = dense.reshape(labels.shape).astype(np.int32)
     crops = {}
-    for k, (rows, columns) in enumerate(ndimage.find_objects(dense), start=1):
-        box = (columns.start, rows.start, columns.stop, rows.stop)
-        crops[int(values[k])] = _Crop(box, dense[rows, columns] == k)
+    for label, (mask, top, left) in label_image_to_masks(labels):
+        crops[label] = _Crop((left, top, left + mask.shape[1], top + mask.shape[0]), mask)
     return crops
 
 
