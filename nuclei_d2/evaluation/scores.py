@@ -139,7 +139,7 @@ def score_image(gt: LabelLayers, pred: LabelLayers) -> ImageScores:
     hausdorff, surface = surface_distances(gt, pred, overlap, pairs)
     panoptic_matches, panoptic_iou = panoptic_sums(overlap)
     gt_bins, pred_bins = size_bins(overlap.gt_areas), size_bins(overlap.pred_areas)
-    common, foreground = _foreground_pixels(gt, pred)
+    common, foreground = _foreground_pixels(gt, pred, overlap)
     return ImageScores(
         n_gt=gt.count,
         n_pred=pred.count,
@@ -163,8 +163,11 @@ def score_image(gt: LabelLayers, pred: LabelLayers) -> ImageScores:
     )
 
 
-def _foreground_pixels(gt: LabelLayers, pred: LabelLayers) -> tuple[int, int]:
+def _foreground_pixels(gt: LabelLayers, pred: LabelLayers, overlap: Overlap) -> tuple[int, int]:
     """Pixels that are foreground in both, and the sum of both sides' foreground pixels."""
+    if len(gt.labels) == len(pred.labels) == 1:  # nothing overlaps: masks add up
+        areas = overlap.gt_areas.sum() + overlap.pred_areas.sum()
+        return int(overlap.intersection.sum()), int(areas)
     first, second = (side.labels.any(axis=0) for side in (gt, pred))
     return (
         int(np.count_nonzero(first & second)),
