@@ -93,19 +93,18 @@ def test_nuclei_are_brighter_than_the_background_and_their_size_is_as_asked():
     assert np.median(areas) == pytest.approx(np.pi * 9**2, rel=0.2)
 
 
-@pytest.mark.parametrize(
-    ("config", "seconds"),
-    [
-        (FULL, 0.04),
-        (dataclasses.replace(FULL, height=2048, width=2048, count=(2000, 2000)), 3.0),
-    ],
-)
-def test_speed(config, seconds):
+def test_time_grows_with_the_nuclei_not_with_nuclei_times_pixels():
+    large = dataclasses.replace(FULL, height=2048, width=2048, count=(2000, 2000))
+    small_time = min(process_time(FULL) for _ in range(3))
+    # 50 times the nuclei on 64 times the pixels: full-frame work per nucleus costs 3200 times.
+    assert process_time(large) < 400 * small_time
+
+
+def process_time(config):
     start = time.process_time()
     _, labels = generate(0, config)
-    elapsed = time.process_time() - start
     assert labels.max() > 0.95 * config.count[0]
-    assert elapsed < 3 * seconds  # machines differ; a slip to full-frame work costs far more
+    return time.process_time() - start
 
 
 @pytest.fixture
