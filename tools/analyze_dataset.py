@@ -26,6 +26,7 @@ from nuclei_d2.data.datasets.statistics import (
     propose,
     summarize,
 )
+from nuclei_d2.data.image_io import ImageNormalizer
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import atomic_path, jsonable, write_json
 
@@ -35,7 +36,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("datasets", nargs="+", metavar="DATASET", help="registered name")
-    parser.add_argument("--config-file", default="", help="for its DATASETS.CUSTOM")
+    parser.add_argument(
+        "--config-file", default="", help="for its DATASETS.CUSTOM and normalisation"
+    )
     parser.add_argument("--output", metavar="YAML", help="write the proposed settings here")
     parser.add_argument("--json", metavar="FILE", help="write statistics and proposal here")
     parser.add_argument(
@@ -88,10 +91,12 @@ def measure_datasets(
     cfg = load_config(config_file)
     cfg.DATASETS.TRAIN, cfg.DATASETS.VAL, cfg.DATASETS.TEST = tuple(names), (), ()
     register_from_config(cfg)
+    normalizer = ImageNormalizer(cfg)
     measured = {}
     for name in names:
         records = DatasetCatalog.get(name)
-        measured[name] = [measure_record(record) for record in tqdm(records, name, unit="image")]
+        bar = tqdm(records, name, unit="image")
+        measured[name] = [measure_record(record, normalizer) for record in bar]
     return measured
 
 
@@ -115,7 +120,7 @@ def _rows(part: DatasetStatistics) -> list[tuple[str, str]]:
         ("touching nuclei", f"{part.touching_share:.1%}"),
         (f"diameter = sqrt(area), px: {percentiles} %", _join(part.diameter_percentiles)),
         (f"box side = sqrt(w h), px: {percentiles} %", _join(part.box_side_percentiles)),
-        ("raw range 1 to 99.8 %: 5/50/95 %", _spread(part.range_percentiles)),
+        ("raw range, INPUT.PERCENTILES: 5/50/95 %", _spread(part.range_percentiles)),
         ("nuclei, normalised: 5/50/95 %", _spread(part.foreground_percentiles)),
         ("background, normalised: 5/50/95 %", _spread(part.background_percentiles)),
         ("contrast, normalised: 5/50/95 %", _spread(part.contrast_percentiles)),

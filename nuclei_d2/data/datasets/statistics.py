@@ -14,7 +14,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 from nuclei_d2.data.datasets.coco import box_mask, masks_to_label_image
-from nuclei_d2.data.image_io import normalize, read_image, read_label
+from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
 from nuclei_d2.utils.errors import NucleiError
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -35,7 +35,7 @@ class ImageStatistics:
     areas: np.ndarray  # (N,) pixels
     boxes: np.ndarray  # (N, 4) x1, y1, x2, y2; x2 and y2 lie one past the last pixel
     touching: np.ndarray  # (N,) bool
-    # Raw 1st and 99.8th percentile: the grey levels that become 0 and 255.
+    # Raw grey levels at the normaliser's percentiles, by default the 1st and 99.8th.
     low: float
     high: float
     # Medians of the normalised image, 0..255; NaN where there is no such pixel.
@@ -85,6 +85,7 @@ def measure_image(
     labels: np.ndarray,
     areas: np.ndarray,
     boxes: np.ndarray,
+    normalizer: ImageNormalizer,
     modality: str = "unknown",
 ) -> ImageStatistics:
     """Measure one image.
@@ -94,12 +95,13 @@ def measure_image(
         labels: (H, W) label image; label k is the k-th nucleus of ``areas`` and ``boxes``.
         areas: (N,) pixels, of the whole nucleus where it is partly hidden in ``labels``.
         boxes: (N, 4) x1, y1, x2, y2.
+        normalizer: as in training.
     """
     touching = np.zeros(len(areas), bool)
     found = find_touching(labels)
     touching[: len(found)] = found
-    low, high = np.percentile(image, (1.0, 99.8))
-    grey = normalize(image).mean(axis=2)
+    low, high = np.percentile(image, normalizer.percentiles)
+    grey = normalizer(image).mean(axis=2)
     foreground, background = grey[labels > 0], grey[labels == 0]
     return ImageStatistics(
         height=image.shape[0],
@@ -115,7 +117,7 @@ def measure_image(
     )
 
 
-def measure_record(record: dict[str, Any]) -> ImageStatistics:
+def measure_record(record: dict[str, Any], normalizer: ImageNormalizer) -> ImageStatistics:
     """:func:`measure_image` of a Detectron2 dataset dict with RLE masks; crowds are left out.
 
     Raises:
@@ -135,7 +137,8 @@ def measure_record(record: dict[str, Any]) -> ImageStatistics:
     boxes[:, 2:] += boxes[:, :2]
     # One by one: pycocotools 2.0.11 with numpy 2 fails on a list of more than 255 masks.
     areas = np.array([mask_util.area(rle) for rle in rles])
-    return measure_image(image, labels, areas, boxes, record.get("modality", "unknown"))
+    modality = record.get("modality", "unknown")
+    return measure_image(image, labels, areas, boxes, normalizer, modality)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class DatasetStatistics:
     diameter_percentiles: dict[int, float]  # pixels
     box_side_percentiles: dict[int, float]  # pixels
     touching_share: float  # of the nuclei; NaN without nuclei
-    # Over images: raw levels between the 1st and 99.8th percentile of the image; medians of
+    # Over images: raw levels between the two percentiles of the image; medians of
     # nuclei and background after normalisation, 0..255, and their difference.
     range_percentiles: dict[int, float]
     foreground_percentiles: dict[int, float]

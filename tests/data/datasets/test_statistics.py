@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.coco import box_mask, mask_to_annotation, masks_to_label_image
 from nuclei_d2.data.datasets.statistics import (
     ASPECT_RATIOS,
@@ -20,7 +21,10 @@ from nuclei_d2.data.datasets.statistics import (
     propose_scale,
     summarize,
 )
+from nuclei_d2.data.image_io import ImageNormalizer
 from nuclei_d2.utils.errors import NucleiError
+
+NORMALIZER = ImageNormalizer(load_config())
 
 
 def draw(shape, **squares):
@@ -38,7 +42,7 @@ def measure(labels, image=None, **kwargs):
     boxes = np.array([[*p.min(0)[::-1], *(p.max(0)[::-1] + 1)] for p in places])
     if image is None:
         image = np.zeros((*labels.shape, 1), np.float32)
-    return measure_image(image, labels, areas, boxes, **kwargs)
+    return measure_image(image, labels, areas, boxes, **{"normalizer": NORMALIZER, **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,8 @@ def test_wholly_hidden_last_nucleus_does_not_touch():
     labels = draw((8, 8), _1=(0, 0, 4))
     image = np.zeros((8, 8, 1), np.float32)
     boxes = [[0, 0, 4, 4], [1, 1, 2, 2]]
-    assert measure_image(image, labels, [16, 1], boxes).touching.tolist() == [False, False]
+    measured = measure_image(image, labels, [16, 1], boxes, NORMALIZER)
+    assert measured.touching.tolist() == [False, False]
 
 
 def test_intensity_of_a_two_level_image():
@@ -76,6 +81,16 @@ def test_intensity_of_a_two_level_image():
     assert (measured.low, measured.high) == (100, 300)
     assert (measured.background, measured.foreground) == (0, 255)
     assert measured.modality == "fluorescence"
+
+
+def test_intensity_follows_the_normaliser():
+    labels = draw((10, 10), _1=(0, 0, 5))
+    image = np.arange(100, dtype=np.float32).reshape(10, 10, 1)
+    normalizer = ImageNormalizer(percentiles=(0, 50), noise_floor=0, min_levels=0)
+    measured = measure(labels, image, normalizer=normalizer)
+    assert (measured.low, measured.high) == (0, 49.5)
+    assert measured.foreground == pytest.approx(22 * 255 / 49.5)  # median of 0..4, 10..14, ..44
+    assert measured.background == 255
 
 
 @pytest.fixture
@@ -100,7 +115,7 @@ def record(tmp_path):
 
 
 def test_record_counts_whole_masks_where_they_overlap(record):
-    measured = measure_record(record)
+    measured = measure_record(record, NORMALIZER)
     assert measured.areas.tolist() == [36, 36, 16]
     assert measured.boxes.tolist() == [[2, 2, 8, 8], [6, 2, 12, 8], [20, 14, 24, 18]]
     assert measured.touching.tolist() == [True, True, False]
@@ -109,14 +124,14 @@ def test_record_counts_whole_masks_where_they_overlap(record):
 
 
 def test_record_without_label_image_is_painted_and_crowds_are_left_out(record):
-    with_labels = measure_record(record)
+    with_labels = measure_record(record, NORMALIZER)
     del record["label_file_name"], record["modality"]
-    measured = measure_record(record)
+    measured = measure_record(record, NORMALIZER)
     assert measured.modality == "unknown"
     assert measured.touching.tolist() == with_labels.touching.tolist()
     assert measured.foreground == with_labels.foreground
     record["annotations"][1]["iscrowd"] = 1
-    measured = measure_record(record)
+    measured = measure_record(record, NORMALIZER)
     assert measured.areas.tolist() == [36, 16]
     assert measured.touching.tolist() == [False, False]
 
@@ -125,13 +140,13 @@ def test_record_of_more_masks_than_a_byte_counts(record):
     # pycocotools 2.0.11 cannot measure more than 255 masks at once.
     del record["label_file_name"]
     record["annotations"] = record["annotations"][2:] * 300
-    assert measure_record(record).areas.tolist() == [16] * 300
+    assert measure_record(record, NORMALIZER).areas.tolist() == [16] * 300
 
 
 def test_record_of_an_empty_image(record):
     record["annotations"] = []
     del record["label_file_name"]
-    measured = measure_record(record)
+    measured = measure_record(record, NORMALIZER)
     assert len(measured.areas) == 0
     assert measured.boxes.shape == (0, 4)
 
@@ -140,7 +155,7 @@ def test_record_of_an_empty_image(record):
 def test_record_with_another_size_than_its_file_names_the_file(record, key):
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(record[key])
     with pytest.raises(NucleiError, match=r"(image|label)\.png is \(20, 20\) pixels"):
-        measure_record(record)
+        measure_record(record, NORMALIZER)
 
 
 def test_summary_by_hand():
