@@ -81,7 +81,9 @@ def _read(path: str | os.PathLike, as_grey_levels: bool) -> np.ndarray:
     except NucleiError:
         raise
     except UnidentifiedImageError as error:
-        raise NucleiError(f"{path}: no PNG, TIFF, JPEG or BMP image; convert it to one") from error
+        raise NucleiError(
+            f"{path}: not a PNG, TIFF, JPEG or BMP image; convert it to one"
+        ) from error
     except Image.DecompressionBombError as error:
         raise NucleiError(f"{path}: too large for this format; save it as TIFF") from error
     except Exception as error:  # decoders raise errors of every kind on broken files

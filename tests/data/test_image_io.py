@@ -180,7 +180,7 @@ def test_missing_empty_and_other_files(tmp_path):
     with pytest.raises(NucleiError, match=r"empty\.png: the file is empty"):
         read_image(tmp_path / "empty.png")
     (tmp_path / "text.png").write_text("not an image" * 9)
-    with pytest.raises(NucleiError, match=r"text\.png: no PNG, TIFF, JPEG or BMP"):
+    with pytest.raises(NucleiError, match=r"text\.png: not a PNG, TIFF, JPEG or BMP"):
         read_image(tmp_path / "text.png")
 
 

@@ -432,7 +432,7 @@ def accounting_table(report: dict[str, Any]) -> str:
         lines.append(f"{len(report['skipped'])} files left out, listed in preparation.json")
     empty = [split for split in SPLITS if split not in report["splits"]]
     if empty:
-        lines.append(f"no image in {', '.join(empty)}")
+        lines.append(f"no image in {', '.join(empty)}: leave it out of the config, e.g. VAL: []")
     lines.append(f"most nuclei in an image: {report['most_nuclei_in_an_image']}")
     return "\n".join(lines)
 
