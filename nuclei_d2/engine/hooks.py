@@ -66,9 +66,11 @@ def _frozen_norms(model: nn.Module) -> Iterator[None]:
     norms = get_bn_modules(model)
     for norm in norms:
         norm.eval()
-    yield
-    for norm in norms:
-        norm.train()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 class BestCheckpointer(HookBase):

@@ -20,7 +20,6 @@ from nuclei_d2.data.targets import distance_target
 from nuclei_d2.utils.errors import NucleiError
 
 # Raised inside pycocotools.mask.decode with NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PLAIN = [
     *("INPUT.SCALE_JITTER", "(1.0, 1.0)", "INPUT.RANDOM_FLIP", "none"),

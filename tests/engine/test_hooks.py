@@ -43,6 +43,13 @@ def test_measuring_leaves_no_trace_in_training():
     assert model.weight.grad is None
 
 
+def test_a_failed_measurement_leaves_the_norms_in_training():
+    model = Model().train()
+    with pytest.raises(AttributeError):
+        ValidationLoss(1, model, ["no batch"]).measure()
+    assert model.norm.training
+
+
 def test_measuring_leaves_no_trace_in_the_training_curves():
     class Logging(Model):
         def forward(self, batch):
