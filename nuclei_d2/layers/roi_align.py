@@ -41,8 +41,8 @@ class SmallROIAlign(ROIAlign):
         # Half a pixel less: the centre of feature pixel i lies at i + 0.5.
         corners = rois[:, 1:] * self.spatial_scale - 0.5
         bins = (corners[:, 2:] - corners[:, :2]) / self.output_size[0]
-        single = ((bins > 0) & (bins <= 1)).all(dim=1) & (self.sampling_ratio == 0)
-        if features.device.type != "cpu" or not single.any():
+        single = ((bins > 0) & (bins <= 1)).all(dim=1)
+        if features.device.type != "cpu" or self.sampling_ratio > 0 or not single.any():
             return super().forward(features, rois)
         if single.all():
             return self._sample_bin_centres(features, rois[:, 0].long(), corners, bins)
