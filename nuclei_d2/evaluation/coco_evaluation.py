@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -16,8 +15,7 @@ from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as mask_util
 
-from nuclei_d2.data.datasets.coco import box_mask, label_image_to_masks, mask_to_rle
-from nuclei_d2.structures.label_masks import LabelMasks
+from nuclei_d2.data.datasets.coco import mask_to_rle, split_masks
 from nuclei_d2.utils.files import write_json
 
 _logger = logging.getLogger(__name__)
@@ -122,15 +120,6 @@ def _mean_percent(values: np.ndarray) -> float:
     return float(values.mean() * 100) if values.size else float("nan")
 
 
-def _encode(masks: torch.Tensor | LabelMasks) -> list[dict]:
-    """RLE of each of N masks, a bool (N, H, W) tensor or LabelMasks."""
-    if not isinstance(masks, LabelMasks):
-        return [mask_to_rle(box_mask(mask), mask.shape) for mask in masks.numpy()]
-    layers = [dict(label_image_to_masks(layer)) for layer in masks.labels.numpy()]
-    owners = zip(masks.layers.tolist(), masks.ids.tolist(), strict=True)
-    return [mask_to_rle(layers[layer][label], masks.image_size) for layer, label in owners]
-
-
 class NucleiCOCOEvaluator(DatasetEvaluator):
     """Box and mask AP of one registered data set, with the model's own instance cap.
 
@@ -158,7 +147,8 @@ class NucleiCOCOEvaluator(DatasetEvaluator):
         """Add one batch: dataset dicts with image_id, and the model's ``instances``."""
         for record, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
-            rles = _encode(instances.pred_masks)
+            masks = split_masks(instances.pred_masks)
+            rles = [mask_to_rle(mask, instances.image_size) for mask in masks]
             instances.remove("pred_masks")  # Detectron2 encodes at the cost of the whole frame
             results = instances_to_coco_json(instances, record["image_id"])
             for result, rle in zip(results, rles, strict=True):

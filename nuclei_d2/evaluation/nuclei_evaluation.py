@@ -6,14 +6,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from nuclei_d2.data.datasets.coco import BoxedMask, box_mask
+from nuclei_d2.data.datasets.coco import BoxedMask, split_masks
 from nuclei_d2.evaluation.bootstrap import bootstrap_intervals, bootstrap_weights
 from nuclei_d2.evaluation.boundary_ap import ScoredImage, boundary_ap, match_scored
 from nuclei_d2.evaluation.instances import (
@@ -23,7 +22,6 @@ from nuclei_d2.evaluation.instances import (
     rle_to_mask,
 )
 from nuclei_d2.evaluation.scores import HEADLINE, ImageScores, ScoreTable, nest, score_image
-from nuclei_d2.structures.label_masks import LabelMasks
 from nuclei_d2.utils.files import write_json
 
 _logger = logging.getLogger(__name__)
@@ -131,27 +129,9 @@ def instances_to_masks(instances: Instances) -> tuple[list[BoxedMask], np.ndarra
     """Predictions of one image, and their scores.
 
     Args:
-        instances: scores, pred_masks ((N, H, W) bool or :class:`LabelMasks`), and pred_boxes
-            that enclose them up to 1 px, as Detectron2 pastes masks.
+        instances: scores and pred_masks, in any of the forms that :func:`split_masks` takes.
 
     Returns:
         N masks, some perhaps empty, and (N,) float scores.
     """
-    boxes = instances.pred_boxes.tensor.cpu().numpy()
-    low = np.maximum(np.floor(boxes[:, :2]).astype(int) - 1, 0)
-    high = np.ceil(boxes[:, 2:]).astype(int) + 1
-    crop = _cropper(instances.pred_masks)
-    found = []
-    for k, ((left, top), (right, bottom)) in enumerate(zip(low, high, strict=True)):
-        boxed = box_mask(crop(k, slice(top, bottom), slice(left, right)))
-        found.append(boxed._replace(top=int(boxed.top + top), left=int(boxed.left + left)))
-    return found, instances.scores.cpu().numpy().astype(float)
-
-
-def _cropper(masks: torch.Tensor | LabelMasks):
-    """Function of an index and the slices of a window -> bool mask in that window."""
-    if isinstance(masks, LabelMasks):
-        labels, layers, ids = (t.cpu().numpy() for t in (masks.labels, masks.layers, masks.ids))
-        return lambda k, rows, columns: labels[layers[k], rows, columns] == ids[k]
-    masks = masks.cpu().numpy()
-    return lambda k, rows, columns: masks[k, rows, columns]
+    return split_masks(instances.pred_masks), instances.scores.cpu().numpy().astype(float)

@@ -47,8 +47,9 @@ class NucleiPredictor:
                 the path of an image file.
 
         Returns:
-            On the CPU: pred_boxes, scores, pred_classes, pred_masks (N, H, W) bool, and with a
-            boundary head pred_boundaries (N, H, W) uint8.
+            On the CPU: pred_boxes, scores, pred_classes, pred_masks and, with a boundary head,
+            pred_boundaries (probability x 255). They are :class:`BoxedMasks`, or
+            :class:`LabelMasks` for the masks of a U-Net: ``np.asarray`` makes (N, H, W) of both.
 
         Raises:
             NucleiError: the file is not a readable image.

@@ -3,8 +3,7 @@
 Pictures are (H, W, 3) uint8 RGB. Every function returns a new one.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import cv2
 import matplotlib
@@ -13,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 
-from nuclei_d2.data.datasets.coco import label_image_to_masks
+from nuclei_d2.data.datasets.coco import BoxedMask, label_image_to_masks, split_masks
 from nuclei_d2.data.image_io import normalize
-from nuclei_d2.structures.label_masks import LabelMasks
+from nuclei_d2.structures import BoxedMasks, LabelMasks
 
 # After Okabe & Ito, "Color Universal Design" (2008): distinct for colour-blind readers too. Black
 # is left out, orange (too close to vermilion on thin lines) as well, and the dark ones are lighter.
@@ -63,7 +62,7 @@ def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
 
 def draw_contours(
     picture: np.ndarray,
-    masks: torch.Tensor | np.ndarray | LabelMasks,
+    masks: torch.Tensor | np.ndarray | LabelMasks | BoxedMasks,
     colors: np.ndarray | None = None,
     *,
     line_width: float | None = None,
@@ -77,8 +76,9 @@ def draw_contours(
 
     Args:
         picture: (H, W, 3) uint8.
-        masks: bool (N, H, W), or a label image (H, W) of integers with 0 as background, or
-            :class:`LabelMasks`. Nuclei may overlap: later ones are drawn over earlier ones.
+        masks: bool (N, H, W), :class:`LabelMasks` or :class:`BoxedMasks`, or a label image (H, W)
+            of integers with 0 as background. Nuclei may overlap: later ones are drawn over
+            earlier ones.
         colors: (N, 3) uint8, in the masks' order (of labels: ascending); None: see
             :func:`neighbour_colors`.
         line_width: pixels of the enlarged picture, in steps of 1/2; None: by ``factor``.
@@ -94,7 +94,7 @@ def draw_contours(
     height, width = picture.shape[:2]
     crops = _to_crops(masks, (height, width))
     if colors is None:
-        colors = neighbour_colors(np.array([crop.box for crop in crops]).reshape(-1, 4))
+        colors = neighbour_colors(np.array([_box(crop) for crop in crops]).reshape(-1, 4))
     factor = factor or enlargement(height, width)
     if line_width is None:
         line_width = 1.0 + 0.25 * (factor - 1)
@@ -129,26 +129,28 @@ def neighbour_colors(boxes: np.ndarray) -> np.ndarray:
 
 
 def draw_boundaries(
-    boundaries: torch.Tensor | np.ndarray, colormap: str = "inferno", factor: int | None = None
+    boundaries: BoxedMasks | torch.Tensor | np.ndarray,
+    colormap: str = "inferno",
+    factor: int | None = None,
 ) -> np.ndarray:
     """A heat map of the predicted boundary: at each pixel the largest value of all nuclei.
 
     Args:
-        boundaries: (N, H, W) uint8, probability x 255, as in ``Instances.pred_boundaries``.
+        boundaries: uint8, probability x 255: ``Instances.pred_boundaries``, or (N, H, W).
         colormap: a perceptually uniform colour map of matplotlib.
         factor: enlargement; None: :func:`enlargement` of the map's size.
 
     Returns:
         (factor H, factor W, 3) uint8; 0 and 255 are the ends of the colour map.
     """
-    boundaries = torch.as_tensor(boundaries)
     height, width = boundaries.shape[1:]
-    highest = torch.zeros((height, width), dtype=torch.uint8)
-    if len(boundaries):
-        highest = boundaries.amax(dim=0).cpu()
+    highest = np.zeros((height, width), np.uint8)
+    for top, left, values in _windows(boundaries):
+        window = highest[top : top + values.shape[0], left : left + values.shape[1]]
+        np.maximum(window, values, out=window)
     colors = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
     # Values are enlarged before they are coloured: mixed colours would lie off the colour map.
-    return colors[enlarge(highest.numpy(), factor or enlargement(height, width))]
+    return colors[enlarge(highest, factor or enlargement(height, width))]
 
 
 def panel(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -174,49 +176,37 @@ def panel(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     return np.array(canvas)
 
 
-class _Crop(NamedTuple):
-    """One nucleus: its box (x1, y1, x2, y2) in the image and its bool mask (y2-y1, x2-x1) there."""
-
-    box: tuple[int, int, int, int]
-    mask: np.ndarray
-
-
 def _to_crops(
-    masks: torch.Tensor | np.ndarray | LabelMasks, image_size: tuple[int, int]
-) -> list[_Crop]:
+    masks: torch.Tensor | np.ndarray | LabelMasks | BoxedMasks, image_size: tuple[int, int]
+) -> list[BoxedMask]:
     """Whatever the masks come as, one crop per nucleus: nothing after this touches full frames."""
-    size = masks.image_size if isinstance(masks, LabelMasks) else masks.shape[-2:]
-    if tuple(size) != image_size:
-        raise ValueError(f"masks of size {tuple(size)} for a picture of size {image_size}")
-    if isinstance(masks, LabelMasks):
-        layers = [_crops_of_labels(layer) for layer in masks.labels.cpu().numpy()]
-        owners = zip(masks.layers.tolist(), masks.ids.tolist(), strict=True)
-        return [layers[layer].get(label, _EMPTY) for layer, label in owners]
-    masks = np.asarray(masks.cpu() if isinstance(masks, torch.Tensor) else masks)
-    if masks.ndim == 2:
-        return list(_crops_of_labels(masks).values())
-    return [_crop_of_mask(mask) for mask in np.ascontiguousarray(masks, bool)]
+    size = tuple(masks.shape[-2:])
+    if size != image_size:
+        raise ValueError(f"masks of size {size} for a picture of size {image_size}")
+    if len(masks.shape) == 2:
+        return [mask for _, mask in label_image_to_masks(np.asarray(masks))]
+    return split_masks(masks)
 
 
-_EMPTY = _Crop((0, 0, 0, 0), np.zeros((0, 0), bool))
+def _box(crop: BoxedMask) -> tuple[int, int, int, int]:
+    """x1, y1, x2, y2 in the image."""
+    rows, columns = crop.window
+    return columns.start, rows.start, columns.stop, rows.stop
 
 
-def _crop_of_mask(mask: np.ndarray) -> _Crop:
-    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
-    return _Crop((x, y, x + width, y + height), mask[y : y + height, x : x + width])
-
-
-def _crops_of_labels(labels: np.ndarray) -> dict[int, _Crop]:
-    """{label: its crop}, ascending."""
-    crops = {}
-    for label, (mask, top, left) in label_image_to_masks(labels):
-        crops[label] = _Crop((left, top, left + mask.shape[1], top + mask.shape[0]), mask)
-    return crops
+def _windows(
+    maps: BoxedMasks | torch.Tensor | np.ndarray,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Top, left and values of each map's window; of a (N, H, W) tensor it is the whole frame."""
+    if isinstance(maps, BoxedMasks):
+        maps = maps.to("cpu")
+        return (maps.crop(k) for k in range(len(maps)))
+    return ((0, 0, values) for values in np.asarray(torch.as_tensor(maps).cpu()))
 
 
 def _blend(
     drawing: np.ndarray,
-    crop: _Crop,
+    crop: BoxedMask,
     color: np.ndarray,
     factor: int,
     line_width: float,
@@ -231,7 +221,7 @@ def _blend(
     thickness = max(1, round(2 * line_width))
     cv2.polylines(line, outlines, True, 255, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
     opacity = np.minimum(inside, np.maximum(line, fill_alpha * inside)) / np.float32(255)
-    left, top, right, bottom = (factor * edge for edge in crop.box)
+    left, top, right, bottom = (factor * edge for edge in _box(crop))
     region = drawing[top:bottom, left:right]
     region[:] = np.rint(region + opacity[:, :, None] * (color - region.astype(np.float32)))
 

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from scipy import ndimage
+from torch import Tensor
 
+from nuclei_d2.structures import BoxedMasks, LabelMasks
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 
@@ -43,12 +46,32 @@ class BoxedMask(NamedTuple):
 
 def box_mask(mask: np.ndarray) -> BoxedMask:
     """Cut a (H, W) mask, any type, nonzero = nucleus, to its bounding box."""
-    mask = np.asarray(mask, bool)
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if rows.size == 0:
-        return BoxedMask(np.zeros((0, 0), bool), 0, 0)
-    top, left = int(rows[0]), int(columns[0])
-    return BoxedMask(mask[top : rows[-1] + 1, left : columns[-1] + 1], top, left)
+    mask = np.ascontiguousarray(mask, bool)
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8)) if mask.size else (0,) * 4
+    return BoxedMask(mask[top : top + height, left : left + width], top, left)
+
+
+def split_masks(masks: np.ndarray | Tensor | LabelMasks | BoxedMasks) -> list[BoxedMask]:
+    """The N instance masks of one image, whatever they come as; some may be empty.
+
+    Args:
+        masks: (N, H, W) array or tensor, nonzero = nucleus, or what stands for one.
+    """
+    if isinstance(masks, LabelMasks):
+        layers = [dict(label_image_to_masks(layer)) for layer in masks.labels.cpu().numpy()]
+        owners = zip(masks.layers.tolist(), masks.ids.tolist(), strict=True)
+        empty = BoxedMask(np.zeros((0, 0), bool), 0, 0)
+        return [layers[layer].get(label, empty) for layer, label in owners]
+    if isinstance(masks, BoxedMasks):
+        masks = masks.to("cpu")
+        return [_box_crop(*masks.crop(k)) for k in range(len(masks))]
+    masks = masks.cpu() if isinstance(masks, Tensor) else masks
+    return [box_mask(mask) for mask in np.asarray(masks)]
+
+
+def _box_crop(top: int, left: int, mask: np.ndarray) -> BoxedMask:
+    boxed = box_mask(mask)
+    return boxed._replace(top=top + boxed.top, left=left + boxed.left)
 
 
 def label_image_to_masks(labels: np.ndarray) -> list[tuple[int, BoxedMask]]:

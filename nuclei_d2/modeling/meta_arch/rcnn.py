@@ -2,19 +2,25 @@
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
+
+from nuclei_d2.structures.boxed_masks import paste_masks
+
+# Probabilities inside the boxes, and the threshold at which they are pasted; a negative one keeps
+# them, x 255 as uint8.
+_PASTE_THRESHOLDS = {"pred_masks": 0.5, "pred_boundaries": -1}
 
 
 @META_ARCH_REGISTRY.register()
 class NucleiRCNN(GeneralizedRCNN):
     """Detectron2's R-CNN for any mask head, in bfloat16 autocast too.
 
-    The output is Detectron2's, with one more field where the mask head predicts boundaries:
-    ``pred_boundaries``, (N, H, W) uint8, boundary probability x 255, rounded down.
+    The output is Detectron2's, with ``pred_masks`` as :class:`BoxedMasks`, whose cost is that of
+    the nuclei's pixels and not of N x H x W, and one more field where the mask head predicts
+    boundaries: ``pred_boundaries``, BoxedMasks of uint8, boundary probability x 255, rounded down.
     """
 
     @configurable
@@ -50,7 +56,7 @@ class NucleiRCNN(GeneralizedRCNN):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ) -> list[dict] | list[Instances]:
-        """Same as :meth:`GeneralizedRCNN.inference`, which pastes masks only."""
+        """Same as :meth:`GeneralizedRCNN.inference`, but see :func:`postprocess`."""
         results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
@@ -74,15 +80,27 @@ def postprocess(results: Instances, height: int, width: int) -> Instances:
             probabilities inside the boxes. May be modified in place.
 
     Returns:
-        What :func:`detector_postprocess` returns (boxes that became empty are dropped), with
-        pred_boundaries (N, height, width) uint8 where ``results`` had them.
+        What :func:`detector_postprocess` returns (boxes that became empty are dropped), but with
+        pred_masks as BoxedMasks, the same pixels, and pred_boundaries as BoxedMasks of uint8.
     """
-    results = detector_postprocess(results, height, width)
-    if results.has("pred_boundaries"):
-        # A negative threshold asks for probabilities x 255 as uint8.
-        results.pred_boundaries = paste_masks_in_image(
-            results.pred_boundaries[:, 0], results.pred_boxes, (height, width), threshold=-1
+    fields = results.get_fields()
+    maps = {name: fields[name] for name in _PASTE_THRESHOLDS if name in fields}
+    others = {name: field for name, field in fields.items() if name not in maps}
+    # Detectron2 pastes what is called pred_masks into N frames; it only sees which rows they are.
+    rows = torch.arange(len(results), device=results.pred_boxes.device)
+    results = detector_postprocess(
+        Instances(results.image_size, **others, rows=rows), height, width
+    )
+    rows = results.rows
+    results.remove("rows")
+    for name, probabilities in maps.items():
+        pasted = paste_masks(
+            probabilities[rows, 0],
+            results.pred_boxes.tensor,
+            results.image_size,
+            _PASTE_THRESHOLDS[name],
         )
+        results.set(name, pasted)
     return results
 
 
