@@ -19,7 +19,7 @@ Settings = dict[str, float]
 # Values tried of each setting of the decoders.
 CANDIDATES = {
     "threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-    "seed_threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    "seed_threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
     "min_area": (0, 5, 10, 20, 40, 80),
     "hole_area": (0, 20, 50, 200),
 }
@@ -57,7 +57,7 @@ def tune_settings(
 
 
 class _Image(NamedTuple):
-    maps: np.ndarray  # float16: thresholds have one digit
+    maps: np.ndarray  # float16: exact enough for thresholds of two digits
     gt: LabelLayers
 
 
