@@ -1,0 +1,101 @@
+"""How a prediction was made, so that it can be made again."""
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nuclei_d2 import __version__
+from nuclei_d2.doctor import MODULES, usable_cores
+from nuclei_d2.utils.errors import NucleiError
+
+
+def manifest(
+    model_file: str | os.PathLike,
+    config: Any,
+    settings: Mapping[str, Any],
+    started: datetime,
+    finished: datetime | None = None,
+) -> dict[str, Any]:
+    """Describe one run for ``manifest.json``.
+
+    Args:
+        model_file: the weights.
+        config: as a dict or its YAML text.
+        settings: the command's arguments.
+        started: time zone aware.
+        finished: likewise; None: the run goes on.
+
+    Returns:
+        JSON-able: "model" ("file", "sha256"), "config", "settings", "versions" (installed
+        packages by module), "host", and "started", "finished" (ISO 8601, UTC) and "seconds".
+
+    Raises:
+        NucleiError: the weights cannot be read.
+    """
+    return {
+        "model": {"file": str(model_file), "sha256": file_sha256(model_file)},
+        "config": config,
+        "settings": dict(settings),
+        "versions": versions(),
+        "host": host(),
+        "started": _iso(started),
+        "finished": _iso(finished) if finished else None,
+        "seconds": (finished - started).total_seconds() if finished else None,
+    }
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        NucleiError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise NucleiError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Version of nuclei_d2, of Python and, by module, of the distributions that it needs."""
+    distributions = metadata.packages_distributions()
+    found = {
+        module: metadata.version(distributions[module][0])
+        for module in MODULES.split()
+        if module in distributions
+    }
+    return {"nuclei_d2": __version__, "python": platform.python_version(), **found}
+
+
+def host() -> dict[str, Any]:
+    """Operating system, processor, cores that may be used, and CUDA devices."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
+    }
+
+
+def _processor(cpuinfo: str = "/proc/cpuinfo") -> str:
+    try:
+        lines = Path(cpuinfo).read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _iso(time: datetime) -> str:
+    return time.astimezone(timezone.utc).isoformat(timespec="seconds")

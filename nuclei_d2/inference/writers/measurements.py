@@ -1,0 +1,146 @@
+"""What can be measured of every nucleus; docs/outputs.md defines the columns."""
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+from skimage.measure import regionprops
+
+from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
+
+_BAND = 256  # rows: windows are read band by band, so a reader that caches reads nothing twice
+# Columns without their unit, and scikit-image's names of them.
+_LENGTHS = {
+    "equivalent_diameter": "equivalent_diameter_area",
+    "major_axis": "axis_major_length",
+    "minor_axis": "axis_minor_length",
+    "perimeter": "perimeter",
+}
+_RATIOS = ("eccentricity", "solidity")
+_INTENSITIES = {"mean": np.mean, "min": np.min, "max": np.max, "std": np.std}
+
+
+def measure(nuclei: Nuclei, image: ImageInfo) -> dict[str, np.ndarray]:
+    """Measure every nucleus on its whole mask, overlapped parts included.
+
+    Only one nucleus's window of the image is read at a time.
+
+    Returns:
+        Columns of N values by name, in order; nucleus k is row k. Lengths and areas in
+        micrometres are there if ``image.pixel_size`` is known.
+    """
+    count = len(nuclei)
+    shapes = {name: np.zeros(count) for name in ("x", "y", *_LENGTHS, *_RATIOS)}
+    intensities = np.zeros((count, len(image.channels), len(_INTENSITIES)))
+    for k in np.lexsort((nuclei.boxes[:, 1], nuclei.boxes[:, 0] // _BAND)).tolist():
+        boxed = nuclei.masks[k]
+        for name, value in _measure_shape(boxed).items():
+            shapes[name][k] = value
+        pixels = image.read(*boxed.window)[boxed.mask].astype(float)
+        intensities[k] = np.stack([f(pixels, axis=0) for f in _INTENSITIES.values()], axis=1)
+    return {
+        "label": np.arange(1, count + 1),
+        "score": nuclei.scores,
+        **_place_columns(nuclei, shapes, image.pixel_size),
+        **area_columns(nuclei, image),
+        **_shape_columns(shapes, image.pixel_size),
+        **{
+            f"intensity_{name}_{channel}": intensities[:, c, i]
+            for c, channel in enumerate(image.channels)
+            for i, name in enumerate(_INTENSITIES)
+        },
+        "touching_neighbours": count_touching(nuclei),
+        "touches_image_edge": _touches_edge(nuclei),
+        **nuclei.measures,
+    }
+
+
+def area_columns(nuclei: Nuclei, image: ImageInfo) -> dict[str, np.ndarray]:
+    """ "area_px" and, if the pixel size is known, "area_um2"."""
+    columns = {"area_px": nuclei.areas}
+    if image.pixel_size:
+        columns["area_um2"] = nuclei.areas * image.pixel_size**2
+    return columns
+
+
+def _measure_shape(boxed: BoxedMask) -> dict[str, float]:
+    (region,) = regionprops(boxed.mask.view(np.uint8))
+    row, column = region.centroid
+    return {
+        "x": boxed.left + column + 0.5,  # corner of the image is 0, not the centre of a pixel
+        "y": boxed.top + row + 0.5,
+        **{name: region[prop] for name, prop in _LENGTHS.items()},
+        **{name: region[name] for name in _RATIOS},
+    }
+
+
+def _place_columns(nuclei: Nuclei, shapes: dict, pixel_size: float | None) -> dict:
+    centroids = {f"centroid_{axis}_px": shapes[axis] for axis in "xy"}
+    if pixel_size:
+        centroids |= {f"centroid_{axis}_um": shapes[axis] * pixel_size for axis in "xy"}
+    top, left, bottom, right = nuclei.boxes.T
+    box = {"left": left, "top": top, "width": right - left, "height": bottom - top}
+    return centroids | {f"bbox_{name}_px": values for name, values in box.items()}
+
+
+def _shape_columns(shapes: dict, pixel_size: float | None) -> dict:
+    columns = {}
+    for name in _LENGTHS:
+        columns[f"{name}_px"] = shapes[name]
+        if pixel_size:
+            columns[f"{name}_um"] = shapes[name] * pixel_size
+    return columns | {name: shapes[name] for name in _RATIOS}
+
+
+def _touches_edge(nuclei: Nuclei) -> np.ndarray:
+    height, width = nuclei.size
+    top, left, bottom, right = nuclei.boxes.T
+    return (top == 0) | (left == 0) | (bottom == height) | (right == width)
+
+
+def count_touching(nuclei: Nuclei) -> np.ndarray:
+    """How many others overlap a nucleus or have a pixel among its pixels' 8 neighbours.
+
+    Returns:
+        (N,) int64.
+    """
+    counts = np.zeros(len(nuclei), np.int64)
+    for i, j in _near_pairs(nuclei.boxes):
+        if _touch(nuclei.masks[i], nuclei.masks[j]):
+            counts[[i, j]] += 1
+    return counts
+
+
+def _near_pairs(boxes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Each pair of (N, 4) boxes (top, left, bottom, right) that overlap or touch, once."""
+    order = np.argsort(boxes[:, 0], kind="stable")
+    tops, lefts, bottoms, rights = boxes[order].T
+    # Those that start between the top and the bottom of a box lie behind it without a gap.
+    ends = np.searchsorted(tops, bottoms, side="right")
+    for i, end in enumerate(ends.tolist()):
+        behind = slice(i + 1, end)
+        near = (lefts[behind] <= rights[i]) & (rights[behind] >= lefts[i])
+        for j in np.flatnonzero(near).tolist():
+            yield int(order[i]), int(order[i + 1 + j])
+
+
+def _touch(a: BoxedMask, b: BoxedMask) -> bool:
+    # Two pixels that touch both lie where the boxes, each one pixel larger, meet.
+    top, left = max(a.top, b.top) - 1, max(a.left, b.left) - 1
+    bottom = min(a.top + len(a.mask), b.top + len(b.mask)) + 1
+    right = min(a.left + a.mask.shape[1], b.left + b.mask.shape[1]) + 1
+    window = (top, left, bottom - top, right - left)
+    grown = cv2.dilate(_crop(a, *window).view(np.uint8), np.ones((3, 3), np.uint8))
+    return bool((grown.view(bool) & _crop(b, *window)).any())
+
+
+def _crop(boxed: BoxedMask, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """The part of a mask in a window that may reach beyond its box: (height, width) bool."""
+    crop = np.zeros((height, width), bool)
+    rows = slice(max(top - boxed.top, 0), top + height - boxed.top)
+    columns = slice(max(left - boxed.left, 0), left + width - boxed.left)
+    part = boxed.mask[rows, columns]
+    y, x = max(boxed.top - top, 0), max(boxed.left - left, 0)
+    crop[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return crop

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
+from nuclei_d2.inference.writers import picture
+from nuclei_d2.inference.writers.picture import write_picture
+from nuclei_d2.visualization.overlay import draw_contours, stretch
+
+
+def test_same_as_drawing_the_whole_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture, "_STRIP_ROWS", 16)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 4000, (70, 50, 3)).astype(np.float32)
+    masks = [BoxedMask(np.ones((9, 9), bool), top, 3 + top // 2) for top in (2, 8, 40, 60)]
+    nuclei = Nuclei.from_masks(masks, [4, 3, 2, 1], (70, 50))
+    write_picture(tmp_path / "a.png", nuclei, ImageInfo.from_array(image, "a"))
+    expected = draw_contours(stretch(image), nuclei.label_image())
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_a_large_image_is_reduced(tmp_path, channels):
+    """4,101 x 34 pixels by 2: a bright square nucleus keeps its place."""
+    image = np.zeros((4101, 34, channels), np.float32)
+    image[3000:3020, 10:24] = 1000
+    nuclei = Nuclei.from_masks([BoxedMask(np.ones((20, 14), bool), 3000, 10)], [1], (4101, 34))
+    read = []
+
+    def read_window(rows, columns):
+        read.append(rows.stop - rows.start)
+        return image[rows, columns]
+
+    write_picture(tmp_path / "a.png", nuclei, ImageInfo("a.tif", read_window, ("x",) * channels))
+    drawing = np.array(Image.open(tmp_path / "a.png")).astype(int)
+    assert drawing.shape == (2051, 17, 3)
+    assert max(read) <= 256
+    assert sum(read) == 4101
+    assert (drawing[1503:1507, 8] == 255).all()  # inside
+    outline = drawing[1500, 5:12]
+    assert (outline.max(axis=1) - outline.min(axis=1)).min() > 50  # coloured
+    drawing[1500:1510, 5:12] = 0
+    assert not drawing.any()
+
+
+def test_no_nuclei(tmp_path, no_nuclei, blank):
+    write_picture(tmp_path / "a.png", no_nuclei, blank)
+    drawing = np.array(Image.open(tmp_path / "a.png"))
+    assert drawing.shape[2] == 3
+    assert not drawing.any()
