@@ -2,7 +2,8 @@
 """Compare any program's nuclei with ground truth: F1, PQ, AJI, boundaries, merges and splits, AP.
 
 tools/evaluate.py --ground-truth labels --predictions my_labels --output metrics.json
-tools/evaluate.py --ground-truth dsb2018_test.json --predictions results_a.json results_b.json
+tools/evaluate.py --ground-truth dsb2018_test.json --predictions results_a.json results_b.json \
+  --report report.html
 
 Ground truth and predictions: folders of label images (PNG or TIFF, matched by name), DSB 2018
 folders (<image>/masks/*.png), or COCO JSON; predictions also COCO results with scores. What each
@@ -10,6 +11,7 @@ number means is in docs/metrics.md.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,8 @@ from nuclei_d2.evaluation.comparison import Evaluation, compare, evaluate_files,
 from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
 from nuclei_d2.evaluation.scores import HEADLINE, definition, write_per_image
 from nuclei_d2.utils.errors import NucleiError, run_tool
-from nuclei_d2.utils.files import write_json
+from nuclei_d2.utils.files import atomic_path, write_json
+from nuclei_d2.visualization.report import find_raw_images, render_report
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +43,24 @@ def parse_args() -> argparse.Namespace:
         "this path stands for the set's name",
     )  # fmt: skip
     parser.add_argument(
+        "--report",
+        metavar="HTML",
+        help="write one page with tables, curves and the worst images here",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="FOLDER",
+        help="raw images for the report, matched by name (default: those that lie beside the "
+        "ground truth, if any)",
+    )
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        metavar="JSON",
+        help="results.json of the training run of each prediction set, in order: the report shows "
+        "what they cost",
+    )
+    parser.add_argument(
         "--score-threshold",
         type=float,
         default=0.5,
@@ -56,7 +77,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     names = set_names(args)
+    results = [read_results(path) for path in args.results or ()]
     truth = open_ground_truth(args.ground_truth)
+    raw_images = find_raw_images(truth, args.images) if args.report else {}
     predictions = [open_predictions(path, truth) for path in args.predictions]
     evaluations = evaluate_files(truth, predictions, args.score_threshold, args.max_dets)
     weights = bootstrap_weights(len(truth.images), seed=args.seed)
@@ -68,6 +91,9 @@ def main() -> None:
     }
     contents = [to_json(evaluation, weights, settings) for evaluation in evaluations]
     differences = compare(names, evaluations, weights)
+    page = ""
+    if args.report:
+        page = render_report(names, truth, evaluations, weights, settings, raw_images, results)
     print(headline_table(names, contents, differences))
     print(counts_line(names, contents))
     print_coco(names, evaluations)
@@ -84,6 +110,9 @@ def main() -> None:
             "differences": differences,
         }
         write_json(args.output, contents[0] if len(contents) == 1 else several)
+    if args.report:
+        with atomic_path(args.report) as temporary:
+            temporary.write_text(page, encoding="utf-8")
 
 
 def set_names(args: argparse.Namespace) -> list[str]:
@@ -101,11 +130,30 @@ def set_names(args: argparse.Namespace) -> list[str]:
             f"--per-image {args.per_image}: put NAME into it, such as NAME.csv; there are "
             f"{len(names)} sets"
         )
+    if (args.images or args.results) and not args.report:
+        raise NucleiError("--images and --results are for the report; add --report report.html")
+    if args.results and len(args.results) != len(names):
+        raise NucleiError(
+            f"--results gives {len(args.results)} files for {len(names)} prediction sets"
+        )
     if args.max_dets is not None and args.max_dets < 1:
         raise NucleiError(f"--max-dets is {args.max_dets}; it counts instances, from 1")
     if not np.isfinite(args.score_threshold):
         raise NucleiError(f"--score-threshold is {args.score_threshold}; give a number")
     return names
+
+
+def read_results(path: str) -> dict:
+    """A training run's ``results.json``."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise NucleiError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise NucleiError(f"{path}: broken JSON ({error}); give a run's results.json") from error
+    if not isinstance(content, dict):
+        raise NucleiError(f"{path}: no results.json of a training run")
+    return content
 
 
 def headline_table(names: Sequence[str], contents: Sequence[dict], differences: dict) -> str:

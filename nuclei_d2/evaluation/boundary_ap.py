@@ -15,7 +15,7 @@ from nuclei_d2.evaluation.instances import LabelLayers, layers_from_masks
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS, Overlap
 from nuclei_d2.evaluation.scores import boundary_iou
 
-_RECALLS = np.linspace(0, 1, 101)
+RECALLS = np.linspace(0, 1, 101)  # at which COCO takes the precision
 
 
 class ScoredImage(NamedTuple):
@@ -24,6 +24,7 @@ class ScoredImage(NamedTuple):
     scores: np.ndarray  # (D,)
     hits: np.ndarray  # (4, 10, D) bool: true positive at each of BOUNDARIES and IOU_THRESHOLDS
     n_gt: int
+    mask_hits: np.ndarray  # (10, D) bool: the same by mask IoU alone, COCO's "segm"
 
 
 def match_scored(
@@ -42,7 +43,7 @@ def match_scored(
     pred = layers_from_masks([masks[k] for k in best], size)
     overlap, boundaries = compute_overlaps(gt, pred, boundary_distances(size))
     hits = [_hits(overlap, boundary_iou(overlap, boundary)) for boundary in boundaries]
-    return ScoredImage(scores[best], np.stack(hits), gt.count)
+    return ScoredImage(scores[best], np.stack(hits), gt.count, _hits(overlap, overlap.iou))
 
 
 def _hits(overlap: Overlap, iou: np.ndarray) -> np.ndarray:
@@ -80,14 +81,22 @@ def boundary_ap(images: Iterable[ScoredImage]) -> dict[str, dict[str, float]]:
 
 
 def average_precision(hits: np.ndarray, n_gt: int) -> float:
-    """COCO's 101-point interpolated average precision, 0 to 1.
+    """COCO's 101-point interpolated average precision, 0 to 1; see :func:`precision_curve`."""
+    return float(precision_curve(hits, n_gt).mean())
+
+
+def precision_curve(hits: np.ndarray, n_gt: int) -> np.ndarray:
+    """COCO's interpolated precision: the best at this recall or a higher one, 0 if none gets there.
 
     Args:
         hits: (D,) bool, whether each prediction, best first, is a true positive.
         n_gt: nuclei, above 0.
+
+    Returns:
+        (101,) precision at :data:`RECALLS`, 0 to 1.
     """
     found = np.cumsum(hits)
     precision = found / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(found / n_gt, _RECALLS, side="left")
-    return float(np.append(precision, 0)[places].mean())
+    places = np.searchsorted(found / n_gt, RECALLS, side="left")
+    return np.append(precision, 0)[places]

@@ -28,6 +28,7 @@ class Evaluation:
     images: list[ImageScores]
     table: ScoreTable
     coco: dict[str, Any] | None  # where scores exist; AP in percent
+    scored: list[ScoredImage]  # where scores exist; else empty
     warnings: list[str]
 
 
@@ -97,7 +98,13 @@ class _Collector:
         table = ScoreTable(self.images)
         coco = self._coco() if self.predictions.has_scores else None
         return Evaluation(
-            self.predictions, self.names, self.images, table, coco, self._warnings(table)
+            predictions=self.predictions,
+            names=self.names,
+            images=self.images,
+            table=table,
+            coco=coco,
+            scored=self.scored,
+            warnings=self._warnings(table),
         )
 
     def _coco(self) -> dict[str, Any]:

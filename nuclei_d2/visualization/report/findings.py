@@ -1,0 +1,320 @@
+"""What the report says: answers in a sentence, and the numbers of its tables and charts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nuclei_d2.evaluation.bootstrap import bootstrap_intervals, paired_differences
+from nuclei_d2.evaluation.boundary_ap import RECALLS, ScoredImage, precision_curve
+from nuclei_d2.evaluation.comparison import Evaluation
+from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
+from nuclei_d2.evaluation.scores import Path, ScoreTable
+
+MAIN: Path = ("pooled", "f1", "mean")
+MERGES: Path = ("errors", "merges")
+SPLITS: Path = ("errors", "splits")
+
+
+class Metric(NamedTuple):
+    """A row of the headline table."""
+
+    path: Path
+    title: str
+    meaning: str  # in plain words
+    is_better_high: bool = True
+
+
+METRICS = (
+    Metric(
+        MAIN,
+        "Mean F1",
+        "F1 is 2 x correct / (nuclei + predictions): 1 if every nucleus is found and nothing else, "
+        "0 if nothing is right. A prediction is correct if its IoU with a nucleus (the area that "
+        "both share, divided by the area that either covers) reaches a threshold; one prediction "
+        "per nucleus. This is the mean over the thresholds 0.50, 0.55, ..., 0.95, so it rewards "
+        "good outlines, too. All images together: every nucleus counts the same.",
+    ),
+    Metric(
+        ("pooled", "f1", "0.50"),
+        "F1 at IoU 0.50",
+        "F1 where a rough outline is enough: how well nuclei are found.",
+    ),
+    Metric(
+        ("pooled", "f1", "0.75"), "F1 at IoU 0.75", "F1 where the outline has to be good as well."
+    ),
+    Metric(
+        ("pooled", "accuracy", "mean"),
+        "DSB score",
+        "Correct / (correct + nuclei not found + wrong predictions), mean over the same "
+        "thresholds: the score of the Data Science Bowl 2018. StarDist and Cellpose call it "
+        "average precision.",
+    ),
+    Metric(
+        ("pooled", "pq"),
+        "Panoptic quality",
+        "F1 at IoU above 0.5, times the mean IoU of the correct pairs: finding and outlining in "
+        "one number.",
+    ),
+    Metric(
+        ("boundary", "f1"),
+        "Boundary F1",
+        "F1 of outline pixels: correct is what lies within 2 px of an outline of the other side, "
+        "whichever nucleus that belongs to.",
+    ),
+    Metric(
+        MERGES,
+        "Merges",
+        "Predictions that cover several nuclei (IoU above 0.1 with each of them).",
+        False,
+    ),
+    Metric(
+        SPLITS,
+        "Splits",
+        "Nuclei that are cut into several predictions (IoU above 0.1 with each of them).",
+        False,
+    ),
+    Metric(
+        ("errors", "missed"),
+        "Missed",
+        "Nuclei that no prediction agrees with (IoU above 0.7). Nuclei in a merge usually count "
+        "here as well, and so do those with a poor outline.",
+        False,
+    ),
+    Metric(
+        ("errors", "spurious"),
+        "Spurious",
+        "Predictions that agree with no nucleus (IoU above 0.7): merges and poor outlines, too.",
+        False,
+    ),
+)
+
+
+# ----------------------------------------------------------------------------- numbers
+
+
+def format_value(value: float, path: Path = MAIN) -> str:
+    """Counts (of errors) as integers, everything else with three digits; nothing for NaN."""
+    if np.isnan(value):
+        return ""
+    return f"{value:,.0f}" if path[0] == "errors" else f"{value:.3f}"
+
+
+def format_change(value: float, path: Path) -> str:
+    """With its sign, unless it is rounded to 0."""
+    shown = format_value(abs(value), path)
+    if not shown.strip("0."):
+        return shown
+    return ("\N{MINUS SIGN}" if value < 0 else "+") + shown
+
+
+class Change(NamedTuple):
+    """A difference of two sets, formatted."""
+
+    value: str
+    interval: str
+    is_clear: bool  # the interval excludes 0
+
+
+class Statistics:
+    """Every metric of S sets, with bootstrap intervals and paired differences.
+
+    Args:
+        evaluations: of the sets, on the same images.
+        weights: (B, n) from ``bootstrap_weights``.
+    """
+
+    def __init__(self, evaluations: Sequence[Evaluation], weights: np.ndarray):
+        self._tables = [evaluation.table for evaluation in evaluations]
+        self._weights = weights
+        self._intervals = [bootstrap_intervals(table, weights) for table in self._tables]
+        self._values = [table.metrics() for table in self._tables]
+        self._changes: dict[tuple[int, int], dict[Path, dict[str, float]]] = {}
+
+    def values(self, path: Path) -> np.ndarray:
+        """(S,) of a metric."""
+        return np.array([values[path][0] for values in self._values])
+
+    def interval(self, k: int, path: Path) -> str:
+        """Of set ``k``; nothing where it is undefined."""
+        low, high = (format_value(end, path) for end in self._intervals[k][path])
+        return f"{low} to {high}" if low else ""
+
+    def change(self, first: int, second: int, path: Path) -> Change:
+        """Set ``second`` minus set ``first``."""
+        if (first, second) not in self._changes:
+            self._changes[first, second] = paired_differences(
+                self._tables[first], self._tables[second], self._weights
+            )
+        change = self._changes[first, second][path]
+        low, high = format_change(change["low"], path), format_change(change["high"], path)
+        return Change(
+            format_change(change["difference"], path),
+            f"{low} to {high}" if low else "",
+            change["low"] > 0 or change["high"] < 0,
+        )
+
+
+# ----------------------------------------------------------------------------- answers
+
+
+class Question(NamedTuple):
+    """What a reader wants to know of one metric."""
+
+    path: Path
+    noun: str
+    of_one: str
+    of_two: str
+    of_many: str
+
+
+QUESTIONS = (
+    Question(MAIN, "mean F1", "How good is it?", "Which is better?", "Which is best?"),
+    Question(
+        MERGES,
+        "merges",
+        "How often does it merge nuclei?",
+        "Which merges more nuclei?",
+        "Which merges most nuclei?",
+    ),
+    Question(
+        SPLITS,
+        "splits",
+        "How often does it split nuclei?",
+        "Which splits more nuclei?",
+        "Which splits most nuclei?",
+    ),
+)
+
+
+class Answer(NamedTuple):
+    """A set's name, and the sentence that goes on behind it."""
+
+    question: str
+    name: str  # of the set with the highest value; "Equal" if two have it
+    sentence: str
+    verdict: str = ""  # whether the difference is more than chance; empty for a single set
+    difference: str = ""  # why
+
+
+def answer(question: Question, names: Sequence[str], statistics: Statistics) -> Answer:
+    """Which of the named sets has the highest value, and what speaks for it."""
+    path = question.path
+    asked = (question.of_one, question.of_two, question.of_many)[min(len(names), 3) - 1]
+    values = statistics.values(path)
+    if not np.isfinite(values).all():
+        return Answer(asked, "", "Nothing to measure: no nuclei and no predictions.")
+    best, *others = np.argsort(-values, kind="stable").tolist()
+    found = f"{format_value(values[best], path)} {question.noun}"
+    sentence = f"{found} ({statistics.interval(best, path)})"
+    if not others:
+        return Answer(asked, names[best], f"{sentence}.")
+    rest = ", ".join(f"{format_value(values[k], path)} of {names[k]}" for k in others)
+    name = names[best] if values[best] > values[others[0]] else "Equal"
+    change = statistics.change(others[0], best, path)
+    difference = f"the difference, {change.value} ({change.interval}),"
+    verdict = (
+        ("A clear difference", f"{difference} excludes 0.")
+        if change.is_clear
+        else ("Too close to call", f"{difference} does not exclude 0.")
+    )
+    return Answer(asked, name, f"{sentence} against {rest}.", *verdict)
+
+
+# ------------------------------------------------------------------------------ curves
+
+
+def by_threshold(table: ScoreTable, rate: str) -> np.ndarray:
+    """(10,) pooled "f1", "accuracy" .. at each of ``IOU_THRESHOLDS``."""
+    metrics = table.metrics()
+    return np.array([metrics["pooled", rate, f"{t:.2f}"][0] for t in IOU_THRESHOLDS])
+
+
+def precision_recall(
+    scored: Sequence[ScoredImage], threshold: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and COCO's interpolated precision at one of ``IOU_THRESHOLDS``, by its index.
+
+    The curve ends at the highest recall that is reached.
+    """
+    scores, hits = _pool(scored, threshold)
+    n_gt = sum(image.n_gt for image in scored)
+    if not n_gt:
+        return np.zeros(0), np.zeros(0)
+    precision = precision_curve(hits[np.argsort(-scores, kind="stable")], n_gt)
+    reached = precision > 0
+    return RECALLS[reached], precision[reached]
+
+
+def _pool(scored: Sequence[ScoredImage], threshold: int) -> tuple[np.ndarray, np.ndarray]:
+    """(D,) scores and hits of all images."""
+    scores = [image.scores for image in scored]
+    hits = [image.mask_hits[threshold] for image in scored]
+    return np.concatenate([[], *scores]), np.concatenate([np.zeros(0, bool), *hits])
+
+
+class Reliability(NamedTuple):
+    """Do scores mean what they say? By bins of the score; NaN in empty ones."""
+
+    counts: np.ndarray  # (bins,) predictions
+    scores: np.ndarray  # (bins,) their mean score
+    shares: np.ndarray  # (bins,) share that is correct at IoU 0.5
+    error: float  # expected calibration error: mean of |share - score|, weighted by counts
+
+
+def score_edges(scored: Sequence[ScoredImage], bins: int = 10) -> np.ndarray:
+    """Edges of equal bins from 0 to 1, or further if scores go beyond."""
+    scores = np.concatenate([[0.0, 1.0], *(image.scores for image in scored)])
+    return np.linspace(scores.min(), scores.max(), bins + 1)
+
+
+def reliability(scored: Sequence[ScoredImage], edges: np.ndarray) -> Reliability:
+    """Scores against the share of correct predictions (Guo et al., On calibration of modern neural
+    networks, ICML 2017, section 2).
+
+    Args:
+        scored: the images' predictions, all scores.
+        edges: (bins + 1,) increasing; the last one belongs to the last bin.
+    """
+    scores, hits = _pool(scored, 0)
+    places = np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, len(edges) - 2)
+    counts, score_sums, hit_sums = (
+        np.bincount(places, weights, len(edges) - 1) for weights in (None, scores, hits)
+    )
+    filled = np.where(counts > 0, counts, np.nan)
+    means, shares = score_sums / filled, hit_sums / filled
+    gap = np.nansum(np.abs(shares - means) * counts) / max(len(scores), 1)
+    return Reliability(counts, means, shares, float(gap) if len(scores) else float("nan"))
+
+
+# ------------------------------------------------------------------------------- costs
+
+
+def cost_rows(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Every scalar below "efficiency" in the sets' ``results.json``, by its place.
+
+    Returns:
+        ``{"training: seconds per iteration": [of each set, "" where it was not measured]}``.
+    """
+    found = [dict(_scalars(content.get("efficiency"))) for content in results]
+    places = dict.fromkeys(place for values in found for place in values)
+    return {
+        ": ".join(place).replace("_", " "): [_format_cost(values.get(place)) for values in found]
+        for place in places
+    }
+
+
+def _scalars(value: Any, place: tuple[str, ...] = ()):
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _scalars(part, (*place, str(key)))
+    elif isinstance(value, (str, int, float)) and place:
+        yield place, value
+
+
+def _format_cost(value: Any) -> str:
+    if value is None or isinstance(value, (str, bool)):
+        return "" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
