@@ -1,6 +1,8 @@
 """Reading microscopy images and label images, and the one normalisation they all go through."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -32,13 +34,34 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         NucleiError: the file is missing, empty, truncated or no image, holds NaN or infinity,
             or more than one grey or colour image (a z-stack, a time series, other channels).
     """
-    array = _read(path, as_grey_levels=True)
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.dtype == bool:
-        array = array * np.uint8(255)
-    image = np.ascontiguousarray(array[:, :, :3], np.float32)
-    if array.dtype.kind == "f" and not np.isfinite(image).all():
+    return to_float32(read_pixels(path), path)
+
+
+def read_pixels(path: str | os.PathLike) -> np.ndarray:
+    """Read what :func:`read_image` reads, in the file's own type: bool, integer or float.
+
+    Returns:
+        (H, W) grey or (H, W, 3) RGB.
+
+    Raises:
+        NucleiError: as :func:`read_image`, but NaN and infinity pass.
+    """
+    pixels = _read(path, as_grey_levels=True)
+    return pixels if pixels.ndim == 2 else pixels[:, :, :3]
+
+
+def to_float32(pixels: np.ndarray, path: str | os.PathLike) -> np.ndarray:
+    """Grey levels of the file ``path``, (H, W) or (H, W, C), as (H, W, C) float32; True is 255.
+
+    Raises:
+        NucleiError: NaN or infinity among them.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.dtype == bool:
+        pixels = pixels * np.uint8(255)
+    image = np.ascontiguousarray(pixels, np.float32)
+    if pixels.dtype.kind == "f" and not np.isfinite(image).all():
         raise NucleiError(f"{path}: holds NaN or infinite pixels; replace them by numbers")
     return image
 
@@ -68,16 +91,32 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
 def _read(path: str | os.PathLike, as_grey_levels: bool) -> np.ndarray:
     """(H, W) grey or (H, W, 3) RGB or (H, W, 4) RGBA in the file's own type."""
     path = Path(path)
+    decode = _read_tiff if is_tiff(path) else _read_pillow
+    with decoding(path):
+        return decode(path, as_grey_levels)
+
+
+def is_tiff(path: Path) -> bool:
+    """Whether a file's first bytes are those of a TIFF, whatever its name.
+
+    Raises:
+        NucleiError: the file is missing, no file, or empty.
+    """
     try:
         with path.open("rb") as file:
-            head = file.read(32)
+            head = file.read(4)
     except OSError as error:
         raise NucleiError(f"cannot read {path}: {error.strerror or error}") from error
     if not head:
         raise NucleiError(f"{path}: the file is empty; copy or download it again")
-    decode = _read_tiff if head[:4] in _TIFF_MAGIC else _read_pillow
+    return head in _TIFF_MAGIC
+
+
+@contextmanager
+def decoding(path: str | os.PathLike) -> Iterator[None]:
+    """Turn whatever a decoder raises on a broken file into one :class:`NucleiError`."""
     try:
-        return decode(path, as_grey_levels)
+        yield
     except NucleiError:
         raise
     except UnidentifiedImageError as error:
