@@ -1,9 +1,12 @@
 """Reading microscopy images and label images, and the one normalisation they all go through."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -19,6 +22,8 @@ _NOISE_MASK = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 _NORMAL_MAD = 0.6745  # median of |x| for x ~ N(0, 1)
 _TINY = 1e-20  # grey levels; keeps the scale of an all-black image finite in float32
 _MAX_LEVELS = 1 << 20  # integer images with a wider range are sorted instead of counted
+_MAX_SAMPLES = 1 << 24  # values of an image whose levels cannot be counted band by band
+_BAND_ROWS, _BAND_PIXELS = 256, 1 << 24  # least rows (of whole tiles) and usual size of a band
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -214,16 +219,42 @@ def normalize(
     Returns:
         float32 of the same shape, 0..255.
     """
+    return contrast_range(image, percentiles, noise_floor, min_levels).apply(image)
+
+
+@dataclass(frozen=True)
+class ContrastRange:
+    """Grey levels of an image that become 0 (``low``) and 255 (``low + span``)."""
+
+    low: float
+    span: float
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Grey levels of any shape, of the whole image or a window of it -> float32, 0..255."""
+        image = np.asarray(image, np.float32)
+        scaled = (image - np.float32(self.low)) * np.float32(255 / self.span)
+        return np.clip(scaled, 0, 255, out=scaled)
+
+
+def contrast_range(
+    image: np.ndarray,
+    percentiles: tuple[float, float] = (1.0, 99.8),
+    noise_floor: float = 12.0,
+    min_levels: float = 4.0,
+) -> ContrastRange:
+    """The range that :func:`normalize` stretches; it takes the same arguments."""
     image = np.asarray(image, np.float32)
     if image.size == 0:
-        return image.copy()
+        return ContrastRange(0.0, 255.0)
     integer = bool((np.rint(image) == image).all())
     low, high = _percentiles(image, percentiles, integer)
     floor = max(noise_floor * estimate_noise(image), min_levels if integer else 0.0)
-    rounding = np.finfo(np.float32).eps * max(image.max(), -image.min(), _TINY)
-    span = max(high - low, floor, rounding)
-    scaled = (image - np.float32(low)) * np.float32(255 / span)
-    return np.clip(scaled, 0, 255, out=scaled)
+    return ContrastRange(low, _span(high - low, floor, image.min(), image.max()))
+
+
+def _span(stretch: float, floor: float, darkest: float, brightest: float) -> float:
+    rounding = np.finfo(np.float32).eps * max(brightest, -darkest, _TINY)
+    return float(max(stretch, floor, rounding))
 
 
 def estimate_noise(image: np.ndarray) -> float:
@@ -239,10 +270,16 @@ def estimate_noise(image: np.ndarray) -> float:
     image = np.asarray(image, np.float32)
     if min(image.shape[:2]) < 3:
         return 0.0
-    response = cv2.filter2D(image, cv2.CV_32F, _NOISE_MASK)[1:-1, 1:-1]
-    magnitude = np.abs(response)
+    magnitude = _noise_magnitude(image)
     integer = bool((np.rint(magnitude) == magnitude).all())
-    (median,) = _percentiles(magnitude, (50.0,), integer)
+    return _noise_from_median(_percentiles(magnitude, (50.0,), integer)[0])
+
+
+def _noise_magnitude(image: np.ndarray) -> np.ndarray:
+    return np.abs(cv2.filter2D(image, cv2.CV_32F, _NOISE_MASK)[1:-1, 1:-1])
+
+
+def _noise_from_median(median: float) -> float:
     return median / _NORMAL_MAD / float(np.linalg.norm(_NOISE_MASK))
 
 
@@ -251,18 +288,136 @@ def _percentiles(values: np.ndarray, percentiles: tuple[float, ...], integer: bo
     low = values.min()
     if not integer or values.max() - low >= _MAX_LEVELS:
         return np.percentile(values, percentiles).tolist()
-    counts = np.bincount((values - low).ravel().astype(np.intp)).cumsum()
-    ranks = np.asarray(percentiles) / 100 * (values.size - 1)
-    below = np.searchsorted(counts, np.floor(ranks), side="right")
-    above = np.searchsorted(counts, np.ceil(ranks), side="right")
-    return (float(low) + below + (above - below) * (ranks % 1)).tolist()
+    counts = np.bincount((values - low).ravel().astype(np.intp))
+    return _counted_percentiles(counts, float(low), percentiles)
+
+
+def _counted_percentiles(
+    counts: np.ndarray, low: float, percentiles: tuple[float, ...]
+) -> list[float]:
+    """Percentiles of values of which ``counts[k]`` are ``low + k``."""
+    below_or_at = counts.cumsum()
+    ranks = np.asarray(percentiles) / 100 * (below_or_at[-1] - 1)
+    below = np.searchsorted(below_or_at, np.floor(ranks), side="right")
+    above = np.searchsorted(below_or_at, np.ceil(ranks), side="right")
+    return (low + below + (above - below) * (ranks % 1)).tolist()
+
+
+class PixelSource(Protocol):
+    """An image that may be too large for memory (:class:`~nuclei_d2.inference.ImageSource`)."""
+
+    size: tuple[int, int]
+    channels: Sequence[str]
+    dtype: np.dtype
+
+    def read(self, rows: slice, cols: slice) -> np.ndarray:
+        """A window, (h, w, C) float32 raw grey levels."""
+
+
+def contrast_range_of_source(
+    source: PixelSource,
+    percentiles: tuple[float, float] = (1.0, 99.8),
+    noise_floor: float = 12.0,
+    min_levels: float = 4.0,
+) -> ContrastRange:
+    """:func:`contrast_range` of the whole image, which is read once, in bands of rows.
+
+    The same numbers, to the last bit, for pixels of 8 and 16 bits, which are counted. Of others
+    there are up to 2^24 values in memory: from an image with more pixels, every second (third ..)
+    in both directions.
+    """
+    pool = _PixelPool(source)
+    for band in _bands(source):
+        pool.add(band)
+    if pool.darkest > pool.brightest:
+        return ContrastRange(0.0, 255.0)
+    low, high = pool.levels.percentiles(percentiles, pool.grey)
+    floor = noise_floor * _noise_from_median(pool.noise.percentiles((50.0,), pool.grey)[0])
+    floor = max(floor, min_levels if pool.integer else 0.0)
+    return ContrastRange(low, _span(high - low, floor, pool.darkest, pool.brightest))
+
+
+def _bands(source: PixelSource) -> Iterator[np.ndarray]:
+    """The image from top to bottom; each band begins with the last two rows of the one before."""
+    height, width = source.size
+    rows = max(_BAND_ROWS, _BAND_PIXELS // max(width, 1) // _BAND_ROWS * _BAND_ROWS)
+    above = np.zeros((0, width, len(source.channels)), np.float32)
+    for start in range(0, height, rows):
+        band = np.concatenate([above, source.read(slice(start, start + rows), slice(None))])
+        yield band
+        above = band[-2:]
+
+
+class _PixelPool:
+    """What :func:`contrast_range` needs to know of an image that comes in bands."""
+
+    def __init__(self, source: PixelSource) -> None:
+        if source.dtype.kind in "bui" and source.dtype.itemsize <= 2:
+            self.levels = _Counts(-(1 << 15), 3 << 15)
+            self.noise = _Counts(0, 8 << 16)  # the mask's weights of either sign add up to 8
+        else:
+            values = source.size[0] * source.size[1] * len(source.channels)
+            step = math.ceil(math.sqrt(values / _MAX_SAMPLES))
+            self.levels, self.noise = _Samples(step), _Samples(step)
+        self.grey = self.integer = True
+        self.darkest, self.brightest = math.inf, -math.inf
+        self._rows = 0
+
+    def add(self, band: np.ndarray) -> None:
+        """The next of :func:`_bands`."""
+        new = band[min(self._rows, 2) :]
+        self.grey &= bool((new == new[:, :, :1]).all())
+        self.integer &= bool((np.rint(new) == new).all())
+        self.darkest = min(self.darkest, new.min())
+        self.brightest = max(self.brightest, new.max())
+        self.levels.add(new, self._rows)
+        self._rows += len(new)
+        if min(band.shape[:2]) >= 3:
+            magnitude = _noise_magnitude(band)
+            self.noise.add(magnitude.reshape(*magnitude.shape[:2], -1), self._rows)
+
+
+class _Counts:
+    """How often each integer from ``low`` on occurs in the channels of an image."""
+
+    def __init__(self, low: int, size: int) -> None:
+        self._low, self._counts, self._channels = low, np.zeros(size, np.int64), 1
+
+    def add(self, values: np.ndarray, _row: int) -> None:
+        places = (values - self._low).ravel().astype(np.intp)
+        self._counts += np.bincount(places, minlength=len(self._counts))
+        self._channels = values.shape[2]
+
+    def percentiles(self, percentiles: tuple[float, ...], grey: bool) -> list[float]:
+        """Of one channel, where all are the same, else of all; 0 without values."""
+        if not self._counts.any():
+            return [0.0] * len(percentiles)
+        counts = self._counts // (self._channels if grey else 1)
+        return _counted_percentiles(counts, float(self._low), percentiles)
+
+
+class _Samples:
+    """Every ``step``-th value of an image in both directions."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._values = step, []
+
+    def add(self, values: np.ndarray, row: int) -> None:
+        step = self._step
+        self._values.append(values[-row % step :: step, ::step].reshape(-1, values.shape[2]))
+
+    def percentiles(self, percentiles: tuple[float, ...], grey: bool) -> list[float]:
+        """Of one channel, where all are the same, else of all; 0 without values."""
+        values = np.concatenate(self._values or [np.zeros((1, 1), np.float32)])
+        return np.percentile(values[:, :1] if grey else values, percentiles).tolist()
 
 
 class ImageNormalizer:
     """Raw image -> what the network sees; shared by mapper, predictor and demo.
 
     Called with an (H, W, 1 or 3) image of :func:`read_image`, returns (H, W, 3) float32 in 0..255,
-    normalised by :func:`normalize`, grey replicated, channels in ``image_format`` order.
+    normalised by :func:`normalize`, grey replicated, channels in ``image_format`` order. A window
+    of an image becomes what it is in the whole image if it comes with :meth:`range_of` the image.
     """
 
     @configurable
@@ -292,10 +447,28 @@ class ImageNormalizer:
             "image_format": cfg.INPUT.FORMAT,
         }
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        if (image == image[:, :, :1]).all():  # grey stored as RGB costs no more than grey
-            image = image[:, :, :1]
-        image = normalize(image, self.percentiles, self.noise_floor, self.min_levels)
+    def range_of(self, image: "np.ndarray | PixelSource") -> ContrastRange:
+        """The grey levels of a whole image that become 0 and 255.
+
+        Args:
+            image: an array as for calling, or a source that is read in bands where it has more than
+                2^24 values (:func:`contrast_range_of_source`).
+        """
+        settings = (self.percentiles, self.noise_floor, self.min_levels)
+        if not isinstance(image, np.ndarray):
+            if image.size[0] * image.size[1] * len(image.channels) > _MAX_SAMPLES:
+                return contrast_range_of_source(image, *settings)
+            image = image.read(slice(None), slice(None))
+        return contrast_range(_without_copies(image), *settings)
+
+    def __call__(self, image: np.ndarray, contrast: ContrastRange | None = None) -> np.ndarray:
+        image = _without_copies(image)
+        image = (contrast or self.range_of(image)).apply(image)
         if image.shape[2] == 1:
             return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
         return np.ascontiguousarray(image[:, :, ::-1]) if self.image_format == "BGR" else image
+
+
+def _without_copies(image: np.ndarray) -> np.ndarray:
+    """Grey stored as RGB costs no more than grey."""
+    return image[:, :, :1] if (image == image[:, :, :1]).all() else image

@@ -12,6 +12,8 @@ from PIL import Image
 from nuclei_d2.config import load_config
 from nuclei_d2.data.image_io import (
     ImageNormalizer,
+    contrast_range,
+    contrast_range_of_source,
     estimate_noise,
     normalize,
     read_image,
@@ -329,3 +331,104 @@ def test_normalizer_reads_the_contrast_floor():
 def test_wrong_percentiles(percentiles):
     with pytest.raises(NucleiError, match=r"INPUT\.PERCENTILES"):
         ImageNormalizer(percentiles=percentiles, noise_floor=0.0, min_levels=0.0)
+
+
+class ArraySource:
+    """An image that is read by windows, and says how large they were."""
+
+    def __init__(self, array):
+        self.array = np.atleast_3d(array)
+        self.size = self.array.shape[:2]
+        self.channels = tuple("abc")[: self.array.shape[2]]
+        self.dtype = self.array.dtype
+        self.rows_read = []
+
+    def read(self, rows, cols):
+        window = self.array[rows, cols].astype(np.float32)
+        self.rows_read.append(len(window))
+        return window
+
+
+@pytest.fixture
+def small_bands(monkeypatch):
+    monkeypatch.setattr("nuclei_d2.data.image_io._BAND_ROWS", 8)
+    monkeypatch.setattr("nuclei_d2.data.image_io._BAND_PIXELS", 8)
+
+
+SCENES = {
+    "8 bits": GREY8,
+    "16 bits": np.repeat(GREY16, 3, axis=0),
+    "signed": (GREY16[:17].astype(np.int32) - (1 << 15)).astype(np.int16),
+    "colour": RGB16,
+    "grey as colour": np.dstack([GREY8] * 3),
+    "grey band, then colour": np.vstack([np.dstack([GREY8] * 3), RGB8]),
+    "dark": np.zeros((33, 9), np.uint16),
+    "two rows": GREY8[:2],
+    "one row beyond a band": GREY8[:9],
+    "float": np.random.default_rng(1).normal(size=(40, 31)).astype(np.float32),
+    "float integers": GREY8.astype(np.float32),
+    "32 bits": GREY16.astype(np.uint32) * 65537,
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_range_by_bands_is_the_range_of_the_whole(small_bands, name):
+    source = ArraySource(SCENES[name])
+    whole = source.array.astype(np.float32)
+    if (whole == whole[:, :, :1]).all():
+        whole = whole[:, :, :1]
+    assert contrast_range_of_source(source) == contrast_range(whole)
+    assert max(source.rows_read) <= 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrays.arrays(
+        np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 9), st.sampled_from([1, 3]))
+    )
+)
+def test_counted_range_is_exact(array):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nuclei_d2.data.image_io._BAND_ROWS", 8)
+        patch.setattr("nuclei_d2.data.image_io._BAND_PIXELS", 8)
+        found = contrast_range_of_source(ArraySource(array), (5, 95), 3.0, 0.0)
+    if (array == array[:, :, :1]).all():
+        array = array[:, :, :1]
+    assert found == contrast_range(array, (5, 95), 3.0, 0.0)
+
+
+def test_large_float_images_are_sampled(small_bands, monkeypatch):
+    monkeypatch.setattr("nuclei_d2.data.image_io._MAX_SAMPLES", 100)
+    image = np.random.default_rng(0).normal(100, 5, (61, 47)).astype(np.float32)
+    found = contrast_range_of_source(ArraySource(image), (10, 90), 0.0, 0.0)
+    step = 6  # the least that leaves 100 values
+    low, high = np.percentile(image[::step, ::step], (10, 90))
+    assert (found.low, found.span) == (pytest.approx(low), pytest.approx(high - low))
+
+
+def test_windows_with_the_images_range_are_slices_of_the_normalised_image(small_bands, monkeypatch):
+    monkeypatch.setattr("nuclei_d2.data.image_io._MAX_SAMPLES", 0)
+    normalizer = ImageNormalizer(load_config(opts=["INPUT.FORMAT", "BGR"]))
+    image = np.vstack([np.dstack([GREY8] * 3), RGB8]).astype(np.uint8)
+    source = ArraySource(image)
+    contrast = normalizer.range_of(source)
+    whole = normalizer(image.astype(np.float32))
+    for rows in (slice(0, 20), slice(3, 31), slice(20, 40)):  # the first of them is grey
+        window = source.read(rows, slice(5, 9))
+        assert np.array_equal(normalizer(window, contrast), whole[rows, 5:9])
+
+
+def test_a_small_source_is_read_at_once():
+    normalizer = ImageNormalizer(load_config())
+    values = SCENES["float"]
+    source = ArraySource(values)
+    assert normalizer.range_of(source) == normalizer.range_of(values[:, :, None])
+    assert source.rows_read == [40]
+
+
+def test_a_twin_of_16_bits_looks_the_same():
+    """As a camera's 12 bits, and an 8-bit image stretched to 16."""
+    normalizer = ImageNormalizer(load_config())
+    image = np.repeat(np.repeat(GREY8, 4, axis=0), 4, axis=1)[:, :, None].astype(np.float32)
+    for factor in (16, 257):
+        assert np.allclose(normalizer(image), normalizer(factor * image), atol=1e-4)
