@@ -8,6 +8,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from nuclei_d2.structures.boxed_masks import paste_masks
+from nuclei_d2.utils.timing import stage
 
 # Probabilities inside the boxes, and the threshold at which they are pasted; a negative one keeps
 # them, x 255 as uint8.
@@ -60,16 +61,17 @@ class NucleiRCNN(GeneralizedRCNN):
         results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
-        return [
-            {
-                "instances": postprocess(
-                    result,
-                    inputs.get("height", result.image_size[0]),
-                    inputs.get("width", result.image_size[1]),
-                )
-            }
-            for inputs, result in zip(batched_inputs, results, strict=True)
-        ]
+        with stage("postprocess"):
+            return [
+                {
+                    "instances": postprocess(
+                        result,
+                        inputs.get("height", result.image_size[0]),
+                        inputs.get("width", result.image_size[1]),
+                    )
+                }
+                for inputs, result in zip(batched_inputs, results, strict=True)
+            ]
 
 
 def postprocess(results: Instances, height: int, width: int) -> Instances:
