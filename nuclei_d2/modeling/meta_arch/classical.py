@@ -13,6 +13,7 @@ from torch import nn
 
 from nuclei_d2.modeling.postprocessing import decode_by_shape, score_nuclei
 from nuclei_d2.structures.label_instances import predictions_from_labels
+from nuclei_d2.utils.timing import stage
 
 
 @META_ARCH_REGISTRY.register()
@@ -82,6 +83,10 @@ class Classical(nn.Module):
 
     def _find(self, inputs: dict) -> dict:
         maps = self._foreground(inputs["image"].cpu().numpy())
+        with stage("postprocess"):
+            return self._decode(maps, inputs)
+
+    def _decode(self, maps: np.ndarray, inputs: dict) -> dict:
         size = (inputs.get("height", maps.shape[1]), inputs.get("width", maps.shape[2]))
         labels = decode_by_shape(maps, **self.decoder)
         instances = predictions_from_labels(

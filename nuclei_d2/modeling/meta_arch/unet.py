@@ -19,6 +19,7 @@ from nuclei_d2.modeling.losses import class_loss, dice_loss, distance_loss
 from nuclei_d2.modeling.postprocessing import Decoder
 from nuclei_d2.structures.label_instances import predictions_from_labels
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.timing import stage
 
 
 @META_ARCH_REGISTRY.register()
@@ -141,14 +142,19 @@ class UNet(nn.Module):
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """See the class."""
-        results = []
-        for inputs, maps in zip(batched_inputs, self.predict_maps(batched_inputs), strict=True):
-            network_size = tuple(maps.shape[-2:])
-            size = (inputs.get("height", network_size[0]), inputs.get("width", network_size[1]))
-            instances = self.decode(maps.cpu().numpy(), size).to(maps.device)
-            sem_seg = sem_seg_postprocess(maps[: self.num_classes], network_size, *size)
-            results.append({"sem_seg": sem_seg, "instances": instances})
-        return results
+        predicted = self.predict_maps(batched_inputs)
+        with stage("postprocess"):
+            return [
+                self._postprocess(maps, inputs)
+                for inputs, maps in zip(batched_inputs, predicted, strict=True)
+            ]
+
+    def _postprocess(self, maps: Tensor, inputs: dict) -> dict:
+        network_size = tuple(maps.shape[-2:])
+        size = (inputs.get("height", network_size[0]), inputs.get("width", network_size[1]))
+        instances = self.decode(maps.cpu().numpy(), size).to(maps.device)
+        sem_seg = sem_seg_postprocess(maps[: self.num_classes], network_size, *size)
+        return {"sem_seg": sem_seg, "instances": instances}
 
     def decode(self, maps: np.ndarray, image_size: tuple[int, int]) -> Instances:
         """Nuclei of one image from what :meth:`predict_maps` returns for it, best first.
