@@ -112,7 +112,9 @@ def main() -> None:
         write_json(args.output, contents[0] if len(contents) == 1 else several)
     if args.report:
         with atomic_path(args.report) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+            temporary.write_text(
+                page, encoding="utf-8", errors="backslashreplace"
+            )  # odd file names
 
 
 def set_names(args: argparse.Namespace) -> list[str]:

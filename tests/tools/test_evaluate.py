@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -307,3 +308,60 @@ def test_arguments_that_contradict_each_other(fails, images, tmp_path):
     assert "need different names" in fails(*common)
     assert "put NAME into it" in fails(*common, "--names", "one", "two")
     assert "1 names for 2" in fails(*common, "--names", "one")
+
+
+def test_report(evaluate, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    raw = write_labels(tmp_path / "raw", images, ".tif")
+    results = write_results(tmp_path / "scored.json", images, {name: name for name in images})
+    shifted = write_labels(tmp_path / "shifted", shift(images, 4))
+    costs = []
+    for name, parameters in {"a": 111222, "b": 333444}.items():
+        costs.append(tmp_path / f"{name}.json")
+        content = {"efficiency": {"model": {"parameters": parameters}}}
+        costs[-1].write_text(json.dumps(content))
+    report = tmp_path / "new" / "report.html"
+    content = evaluate(
+        *("--ground-truth", gt, "--predictions", results, shifted, "--report", report),
+        *("--images", raw, "--results", *costs),
+    )
+    page = report.read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "No scores, so no curve: shifted." in page
+    assert page.index("111,222") < page.index("333,444")
+    assert "were not at hand" not in page
+    for part in content["predictions"].values():
+        assert f"<td>{part['pooled']['f1']['mean']:.3f}<" in page
+    assert [path.name for path in report.parent.iterdir()] == ["report.html"]
+
+
+def test_report_without_images_and_scores(evaluate, images, tmp_path):
+    """And without any nuclei at all, and with names that are no Unicode."""
+    odd = "im\udcffage"  # a byte 0xff in a file name
+    gt = write_labels(tmp_path / "gt", {odd: np.zeros(SIZE, np.uint16)})
+    report = tmp_path / "report.html"
+    evaluate("--ground-truth", gt, "--predictions", gt, "--report", report)
+    page = report.read_text()
+    assert "Nothing to measure" in page
+    assert "label images have no scores" in page
+    assert not re.search(r"\bnan\b", page.lower())
+    gt = write_labels(tmp_path / "gt2", {odd: images["a"]})
+    evaluate("--ground-truth", gt, "--predictions", gt, "--report", report)
+    page = report.read_text()
+    assert r"im\udcffage" in page
+    assert "<code>--images FOLDER</code>" in page
+
+
+def test_reports_that_cannot_be(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    few = write_labels(tmp_path / "few", {k: images[k] for k in "abd"})
+    small = write_labels(tmp_path / "small", {k: v[:20] for k, v in images.items()})
+    common = ("--ground-truth", gt, "--predictions", gt)
+    report = ("--report", tmp_path / "must_not_exist" / "report.html")
+    assert fails(*common, *report, "--images", few).endswith(f"{few} lacks an image called c")
+    assert "small/" in fails(*common, *report, "--images", small)
+    assert "add --report" in fails(*common, "--images", gt)
+    assert "2 files for 1" in fails(*common, *report, "--results", gt, gt)
+    assert "cannot read" in fails(*common, *report, "--results", tmp_path / "none.json")
+    (tmp_path / "list.json").write_text("[1]")
+    assert "no results.json" in fails(*common, *report, "--results", tmp_path / "list.json")

@@ -1,6 +1,6 @@
 """What the report says: answers in a sentence, and the numbers of its tables and charts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +100,7 @@ def format_value(value: float, path: Path = MAIN) -> str:
     return f"{value:,.0f}" if path[0] == "errors" else f"{value:.3f}"
 
 
-def format_change(value: float, path: Path) -> str:
+def format_change(value: float, path: Path = MAIN) -> str:
     """With its sign, unless it is rounded to 0."""
     shown = format_value(abs(value), path)
     if not shown.strip("0."):
@@ -291,30 +291,34 @@ def reliability(scored: Sequence[ScoredImage], edges: np.ndarray) -> Reliability
 
 
 def cost_rows(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Every scalar below "efficiency" in the sets' ``results.json``, by its place.
+    """Every value below "efficiency" in the sets' ``results.json``, by its place.
 
     Returns:
         ``{"training: seconds per iteration": [of each set, "" where it was not measured]}``.
     """
-    found = [dict(_scalars(content.get("efficiency"))) for content in results]
+    found = [dict(_values(content.get("efficiency"))) for content in results]
     places = dict.fromkeys(place for values in found for place in values)
     return {
-        ": ".join(place).replace("_", " "): [_format_cost(values.get(place)) for values in found]
+        ": ".join((*place[:-1], place[-1].replace("_", " "))): [
+            _format_cost(values.get(place)) for values in found
+        ]
         for place in places
     }
 
 
-def _scalars(value: Any, place: tuple[str, ...] = ()):
+def _values(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _scalars(part, (*place, str(key)))
-    elif isinstance(value, (str, int, float)) and place:
+            yield from _values(part, (*place, str(key)))
+    elif place:
         yield place, value
 
 
 def _format_cost(value: Any) -> str:
-    if value is None or isinstance(value, (str, bool)):
-        return "" if value is None else str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    if value is None:
+        return ""
+    if isinstance(value, list):  # a size
+        return " x ".join(_format_cost(part) for part in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"

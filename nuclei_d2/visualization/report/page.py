@@ -140,9 +140,11 @@ def _curves(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[dic
 
 
 def _describe(names: Sequence[str], rows: Sequence[np.ndarray]) -> str:
+    shown = {0: "0.50", 5: "0.75", 8: "0.90"}
     return " ".join(
-        f"{name}: {row[0]:.2f} at 0.50, {row[5]:.2f} at 0.75, {row[8]:.2f} at 0.90."
+        f"{name}: {', '.join(f'{format_value(row[k])} at {t}' for k, t in shown.items())}."
         for name, row in zip(names, rows, strict=True)
+        if np.isfinite(row).all()
     )
 
 
@@ -184,9 +186,9 @@ def _scores(names: Sequence[str], evaluations: Sequence[Evaluation]) -> dict[str
         "without": [name for name, has in zip(names, have, strict=True) if not has],
         "any": any(have),
         "ap": [
-            [*(f"{e.coco['segm'][key]:.1f}" for key in ("AP", "AP50", "AP75")), e.coco["max_dets"]]
+            [*(_percent(e.coco["segm"][k]) for k in ("AP", "AP50", "AP75")), e.coco["max_dets"]]
             if e.coco
-            else [""] * 4
+            else []
             for e in evaluations
         ],
         "curves": {
@@ -200,6 +202,10 @@ def _scores(names: Sequence[str], evaluations: Sequence[Evaluation]) -> dict[str
         },
         **_reliability(names, scored),
     }
+
+
+def _percent(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.1f}"
 
 
 def _reliability(names: Sequence[str], scored: Sequence[Sequence[ScoredImage]]) -> dict[str, Any]:
@@ -240,27 +246,38 @@ def _cases(
 ) -> dict[str, list[dict]]:
     """The worst and the median images, each with every set's overlay."""
     scores = np.array([e.table.image_metrics()["f1", "mean"] for e in evaluations])
-    images = evaluations[0].names
+    names_of_images = evaluations[0].names
 
     def case(k: int) -> dict:
-        source = truth.images[images[k]]
+        image = names_of_images[k]
+        overlays = [
+            draw_overlay(
+                truth.images[image],
+                evaluation.predictions.images[image],
+                score_threshold,
+                raw_images.get(image),
+            )
+            for evaluation in evaluations
+        ]
         return {
-            "name": images[k],
+            "name": image,
             "sets": [
                 {
                     "name": name,
+                    "overlay": overlay,
                     "f1": format_value(row[k]),
-                    "rank": int((row < row[k]).sum()) + 1,
-                    "overlay": draw_overlay(
-                        source,
-                        evaluation.predictions.images[images[k]],
-                        score_threshold,
-                        raw_images.get(images[k]),
-                    ),
+                    "rank": _rank(row, k),
                 }
-                for name, row, evaluation in zip(names, scores, evaluations, strict=True)
+                for name, overlay, row in zip(names, overlays, scores, strict=True)
             ],
         }
 
     worst, median = pick_images(scores)
     return {"worst": [case(k) for k in worst], "median": [case(k) for k in median]}
+
+
+def _rank(scores: np.ndarray, k: int) -> str:
+    """Of one image among those where the score is defined."""
+    if np.isnan(scores[k]):
+        return ""
+    return f"rank {(scores < scores[k]).sum() + 1} of {np.isfinite(scores).sum()} from the worst"

@@ -1,0 +1,193 @@
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import nuclei_d2.visualization.report as report_package
+
+VOID = {"meta", "link", "img", "input", "br", "wbr"}
+STYLE = Path(report_package.__file__).with_name("style.css").read_text()
+
+
+class Page(HTMLParser):
+    """Every element as (tag, attributes, text directly in it)."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self._open = [], []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        element = [tag, dict(attrs), ""]
+        self.elements.append(element)
+        if tag not in VOID:
+            self._open.append(element)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append([tag, dict(attrs), ""])
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self._open:
+            self._open[-1][2] += data
+
+    def all(self, *tags):
+        return [element for element in self.elements if element[0] in tags]
+
+    def texts(self, tag):
+        return [" ".join(text.split()) for _, _, text in self.all(tag)]
+
+
+@pytest.fixture(scope="session")
+def html(report):
+    efficiency = {"model": {"parameters": 1234567, "flops": None}, "training": {"data_s": 0.012345}}
+    return report(results=[{"efficiency": efficiency}, {}])
+
+
+@pytest.fixture(scope="session")
+def page(html):
+    return Page(html)
+
+
+def test_it_answers_first(page):
+    questions = dict(zip(page.texts("h2")[:3], page.texts("strong")[:3], strict=True))
+    assert questions["Which is better?"] == "careful"
+    assert questions["Which merges more nuclei?"] == "hasty"
+    assert questions["Which splits more nuclei?"] == "Equal"
+    answers = [text for text in page.texts("p") if "merges" in text]
+    assert answers[0].startswith("5 merges (")
+    assert answers[0].endswith(") against 0 of careful.")
+    verdicts = [text for text in page.texts("b") if text]
+    assert verdicts == ["A clear difference", "A clear difference", "Too close to call"]
+
+
+def test_it_loads_nothing(html, page):
+    """Neither by a URL nor by a script, and the browser is told to allow neither."""
+    for tag, attributes, _ in page.elements:
+        for name in ("src", "href", "xlink:href", "data", "action", "srcset"):
+            value = attributes.get(name, "#")
+            assert value.startswith(("#", "data:")), (tag, value)
+        assert not any(name.startswith("on") for name in attributes)
+    assert not page.all("script", "iframe", "object", "embed")
+    assert not re.search(r"url\((?!#)|@import", html)
+    policies = [a["content"] for _, a, _ in page.all("meta") if "http-equiv" in a]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_names_of_files_are_text(html):
+    assert "<script" not in html
+    assert "<img src=x>" not in html
+    assert "&lt;script&gt;alert(" in html
+
+
+def test_names_of_sets_are_text(report):
+    html = report(["<b>bold</b>", "a&b\"'_c"])
+    assert "<b>bold" not in html
+    page = Page(html)
+    assert "<b>bold</b>" in page.texts("strong")
+    assert [a["aria-label"] for _, a, _ in page.all("svg") if "<b>bold</b>:" in str(a)]
+
+
+def test_pictures_decode_and_are_described(page):
+    images = page.all("img")
+    assert len(images) == 2 * (4 + 2)  # sets x (worst + median)
+    for _, attributes, _ in images:
+        assert re.search(r"with the outlines of \w+: \d+ merged, \d+ split", attributes["alt"])
+        kind, data = attributes["src"].split(",")
+        assert kind == "data:image/webp;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            image.load()
+            assert image.size == (int(attributes["width"]), int(attributes["height"])) == (60, 40)
+
+
+def test_a_page_for_everyone(page):
+    assert page.all("html")[0][1]["lang"] == "en"
+    metas = {a.get("name"): a.get("content") for _, a, _ in page.all("meta")}
+    assert metas["viewport"] == "width=device-width, initial-scale=1"
+    ids = [a["id"] for _, a, _ in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    links = [a["href"][1:] for _, a, _ in page.all("a")]
+    assert set(links) <= set(ids)
+    assert page.all("a")[0][1]["class"] == "skip"
+    references = [
+        part for _, a, _ in page.elements for part in a.get("aria-labelledby", "").split()
+    ]
+    assert set(references) <= set(ids)
+    fills = [a["fill"] for _, a, _ in page.elements if "url(" in a.get("fill", "")]
+    assert fills
+    assert {fill[5:-1] for fill in fills} <= set(ids)
+
+
+def test_headings_skip_no_level(page):
+    levels = [int(tag[1]) for tag, _, _ in page.all("h1", "h2", "h3", "h4", "h5")]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_tables_charts_and_switches_have_names(page):
+    assert len(page.all("table")) == len(page.all("caption")) > 5
+    assert all("scope" in attributes for _, attributes, _ in page.all("th"))
+    for _, attributes, _ in page.all("div"):
+        if attributes.get("class") == "wide":  # scrolls, so it has to be reached by keyboard
+            assert attributes["tabindex"] == "0"
+            assert attributes["aria-label"]
+    for _, attributes, _ in page.all("svg"):
+        assert attributes.get("aria-hidden") == "true" or attributes["aria-label"]
+    assert len(page.all("input")) == len(page.all("label")) == 5
+
+
+def test_costs_are_shown_as_measured(html, page, report):
+    assert {"model: parameters", "model: flops", "training: data s"} <= set(page.texts("th"))
+    cells = page.texts("td")
+    place = cells.index("1,234,567")
+    assert cells[place : place + 6] == ["1,234,567", "", "", "", "0.01235", ""]
+    assert "name these files" not in html
+    assert "name these files" in report()
+    assert "have no <code>efficiency</code> entry" in report(results=[{}, {}])
+
+
+def test_one_set_alone(report):
+    page = Page(report(["careful"]))
+    questions = ["How good is it?", "How often does it merge nuclei?"]
+    assert page.texts("h2")[:2] == questions
+    assert not page.texts("b")  # nothing to compare
+    assert "minus" not in " ".join(page.texts("th"))
+    assert len(page.all("img")) == 6
+
+
+def test_the_same_input_gives_the_same_page(report, html):
+    assert report() == report()
+
+
+def luminance(color):
+    channels = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first, second):
+    """WCAG 2.1, contrast ratio."""
+    low, high = sorted(map(luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_is_readable_in_light_and_dark():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)
+    )
+    assert light.keys() == dark.keys()
+    for colors in (light, dark):
+        for name in colors.keys() - {"page", "card", "line"}:
+            for ground in ("page", "card"):
+                assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+
+from nuclei_d2.evaluation.boundary_ap import ScoredImage
+from nuclei_d2.visualization.report.findings import (
+    MERGES,
+    QUESTIONS,
+    Change,
+    answer,
+    cost_rows,
+    format_change,
+    format_value,
+    precision_recall,
+    reliability,
+    score_edges,
+)
+
+
+class Statistics:
+    """Stands for the real one: given values, and one difference."""
+
+    def __init__(self, values, difference=None):
+        self._values, self._difference = np.array(values, float), difference
+
+    def values(self, path):
+        return self._values
+
+    def interval(self, k, path):
+        return f"interval {k}"
+
+    def change(self, first, second, path):
+        return self._difference(first, second)
+
+
+def scored(scores, hits, n_gt):
+    """One image; the same hits at every threshold."""
+    return ScoredImage(np.array(scores), np.zeros((4, 10, 0), bool), n_gt, np.tile(hits, (10, 1)))
+
+
+def test_the_second_best_is_what_the_best_is_compared_with():
+    asked = []
+
+    def change(first, second):
+        asked.append((first, second))
+        return Change("+2", "+1 to +3", True)
+
+    found = answer(QUESTIONS[1], ["a", "b", "c"], Statistics([5, 9, 7], change))
+    assert asked == [(2, 1)]
+    assert found.question == "Which merges most nuclei?"
+    assert found.name == "b"
+    assert found.sentence == "9 merges (interval 1) against 7 of c, 5 of a."
+    assert found.verdict == "A clear difference"
+    assert found.difference == "the difference, +2 (+1 to +3), excludes 0."
+    unsure = Statistics([7, 7], lambda first, second: Change("0", "-1 to +1", False))
+    found = answer(QUESTIONS[1], ["a", "b"], unsure)
+    assert (found.name, found.verdict) == ("Equal", "Too close to call")
+
+
+def test_nothing_to_measure():
+    found = answer(QUESTIONS[0], ["a"], Statistics([np.nan]))
+    assert (found.name, found.verdict) == ("", "")
+    assert "Nothing to measure" in found.sentence
+
+
+def test_numbers_as_text():
+    assert format_value(1234, MERGES) == "1,234"
+    assert format_value(0.12345) == "0.123"
+    assert format_value(np.nan) == ""
+    assert format_change(-0.0004) == "0.000"
+    assert format_change(-0.5) == "\N{MINUS SIGN}0.500"
+    assert format_change(3, MERGES) == "+3"
+    assert format_change(np.nan) == ""
+
+
+def test_precision_against_recall():
+    # Best first over both images: right, wrong, right; two of four nuclei stay unfound.
+    images = [scored([0.9, 0.5], [True, True], 2), scored([0.7], [False], 2)]
+    recall, precision = precision_recall(images, 5)
+    np.testing.assert_allclose(recall, np.arange(51) / 100)  # 2 of 4
+    np.testing.assert_allclose(precision[:26], 1)
+    np.testing.assert_allclose(precision[26:], 2 / 3)
+    assert precision_recall([], 0)[0].size == 0
+    assert precision_recall([scored([0.3], [False], 0)], 0)[0].size == 0
+
+
+def test_reliability_by_hand():
+    images = [
+        scored([0.05, 0.95, 1.0], [True, True, False], 3),
+        scored([0.1, 0.12], [False, True], 1),
+    ]
+    edges = score_edges(images)
+    np.testing.assert_allclose(edges, np.arange(11) / 10)
+    found = reliability(images, edges)
+    assert found.counts.tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 2]
+    np.testing.assert_allclose(found.scores[[0, 1, 9]], [0.05, 0.11, 0.975])
+    np.testing.assert_allclose(found.shares[[0, 1, 9]], [1, 0.5, 0.5])
+    assert np.isnan(found.shares[2:9]).all()
+    assert found.error == pytest.approx((0.95 + 2 * 0.39 + 2 * 0.475) / 5)
+    assert np.isnan(reliability([], edges).error)
+
+
+def test_scores_that_are_no_probabilities():
+    edges = score_edges([scored([-2.0, 3.0], [True, True], 2)])
+    assert (edges[0], edges[-1], len(edges)) == (-2, 3, 11)
+    assert reliability([scored([-2.0, 3.0], [True, True], 2)], edges).counts.sum() == 2
+
+
+def test_costs_side_by_side():
+    first = {"model": {"parameters": 12345, "image_size": [520, 696]}, "hardware": "CPU"}
+    second = {"evaluation": {"my_test": {"network_s_per_image": 0.123456, "peak_mb": None}}}
+    rows = cost_rows([{"efficiency": first}, {"efficiency": second}])
+    assert rows == {
+        "model: parameters": ["12,345", ""],
+        "model: image size": ["520 x 696", ""],
+        "hardware": ["CPU", ""],
+        "evaluation: my_test: network s per image": ["", "0.1235"],
+        "evaluation: my_test: peak mb": ["", ""],
+    }
+    assert cost_rows([{"segm": {"AP": 1}}]) == {}
