@@ -61,12 +61,12 @@ def test_it_answers_first(page):
     questions = dict(zip(page.texts("h2")[:3], page.texts("strong")[:3], strict=True))
     assert questions["Which is better?"] == "careful"
     assert questions["Which merges more nuclei?"] == "hasty"
-    assert questions["Which splits more nuclei?"] == "Equal"
+    assert questions["Which splits more nuclei?"] == "careful and hasty"
     answers = [text for text in page.texts("p") if "merges" in text]
     assert answers[0].startswith("5 merges (")
     assert answers[0].endswith(") against 0 of careful.")
     verdicts = [text for text in page.texts("b") if text]
-    assert verdicts == ["A clear difference", "A clear difference", "Too close to call"]
+    assert verdicts == ["A clear difference", "A clear difference"]
 
 
 def test_it_loads_nothing(html, page):
@@ -164,7 +164,7 @@ def test_one_set_alone(report):
     assert len(page.all("img")) == 6
 
 
-def test_the_same_input_gives_the_same_page(report, html):
+def test_the_same_input_gives_the_same_page(report):
     assert report() == report()
 
 

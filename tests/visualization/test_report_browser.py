@@ -51,7 +51,7 @@ def test_it_renders_on_a_phone(report, tmp_path, scheme):
         *(f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom"),
     )
     done = subprocess.run(
-        [CHROMIUM, *options, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [CHROMIUM, *options, path.as_uri()], capture_output=True, text=True, timeout=300, check=True
     )
     assert "CONSOLE" not in done.stderr
     probe = json.loads(html.unescape(re.search(r'data-probe="([^"]+)"', done.stdout)[1]))

@@ -51,9 +51,23 @@ def test_the_second_best_is_what_the_best_is_compared_with():
     assert found.sentence == "9 merges (interval 1) against 7 of c, 5 of a."
     assert found.verdict == "A clear difference"
     assert found.difference == "the difference, +2 (+1 to +3), excludes 0."
-    unsure = Statistics([7, 7], lambda first, second: Change("0", "-1 to +1", False))
+
+
+def test_what_may_be_chance_is_said_to_be():
+    unsure = Statistics([7, 6], lambda first, second: Change("+1", "-1 to +3", False))
     found = answer(QUESTIONS[1], ["a", "b"], unsure)
-    assert (found.name, found.verdict) == ("Equal", "Too close to call")
+    assert found.question == "Which merges more nuclei?"
+    assert (found.name, found.verdict) == ("a", "Too close to call")
+    assert found.difference == "the difference, +1 (-1 to +3), does not exclude 0."
+
+
+def test_equal_sets_and_one_alone():
+    found = answer(QUESTIONS[1], ["a", "b", "c"], Statistics([7, 3, 7]))
+    assert (found.name, found.verdict) == ("a and c", "")
+    assert found.sentence == "7 merges each against 3 of b."
+    found = answer(QUESTIONS[2], ["a"], Statistics([4]))
+    assert found.question == "How often does it split nuclei?"
+    assert (found.name, found.sentence) == ("a", "4 splits (interval 0).")
 
 
 def test_nothing_to_measure():

@@ -191,9 +191,9 @@ class Answer(NamedTuple):
     """A set's name, and the sentence that goes on behind it."""
 
     question: str
-    name: str  # of the set with the highest value; "Equal" if two have it
+    name: str  # of the set with the highest value; several where they have the same
     sentence: str
-    verdict: str = ""  # whether the difference is more than chance; empty for a single set
+    verdict: str = ""  # whether the difference is more than chance; empty without one
     difference: str = ""  # why
 
 
@@ -204,21 +204,24 @@ def answer(question: Question, names: Sequence[str], statistics: Statistics) -> 
     values = statistics.values(path)
     if not np.isfinite(values).all():
         return Answer(asked, "", "Nothing to measure: no nuclei and no predictions.")
-    best, *others = np.argsort(-values, kind="stable").tolist()
-    found = f"{format_value(values[best], path)} {question.noun}"
-    sentence = f"{found} ({statistics.interval(best, path)})"
+    order = np.argsort(-values, kind="stable").tolist()
+    shown = [format_value(value, path) for value in values]
+    best = [k for k in order if values[k] == values[order[0]]]
+    others = order[len(best) :]
+    name = " and ".join(names[k] for k in best)
+    against = ", ".join(f"{shown[k]} of {names[k]}" for k in others)
+    against = f" against {against}." if others else "."
+    if len(best) > 1:
+        return Answer(asked, name, f"{shown[best[0]]} {question.noun} each{against}")
+    sentence = f"{shown[best[0]]} {question.noun} ({statistics.interval(best[0], path)}){against}"
     if not others:
-        return Answer(asked, names[best], f"{sentence}.")
-    rest = ", ".join(f"{format_value(values[k], path)} of {names[k]}" for k in others)
-    name = names[best] if values[best] > values[others[0]] else "Equal"
-    change = statistics.change(others[0], best, path)
+        return Answer(asked, name, sentence)
+    change = statistics.change(others[0], best[0], path)
     difference = f"the difference, {change.value} ({change.interval}),"
-    verdict = (
-        ("A clear difference", f"{difference} excludes 0.")
-        if change.is_clear
-        else ("Too close to call", f"{difference} does not exclude 0.")
-    )
-    return Answer(asked, name, f"{sentence} against {rest}.", *verdict)
+    if change.is_clear:
+        return Answer(asked, name, sentence, "A clear difference", f"{difference} excludes 0.")
+    verdict = "Too close to call", f"{difference} does not exclude 0."
+    return Answer(asked, name, sentence, *verdict)
 
 
 # ------------------------------------------------------------------------------ curves
