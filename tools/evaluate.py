@@ -99,7 +99,17 @@ def main() -> None:
     print_coco(names, evaluations)
     for warning in dict.fromkeys(w for evaluation in evaluations for w in evaluation.warnings):
         print(f"warning: {warning}", file=sys.stderr)
+    write_files(args, names, evaluations, contents, differences, page)
 
+
+def write_files(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    evaluations: Sequence[Evaluation],
+    contents: Sequence[dict],
+    differences: dict,
+    page: str,
+) -> None:
     if args.per_image:
         for name, evaluation in zip(names, evaluations, strict=True):
             path = args.per_image.replace("NAME", name)
@@ -112,9 +122,8 @@ def main() -> None:
         write_json(args.output, contents[0] if len(contents) == 1 else several)
     if args.report:
         with atomic_path(args.report) as temporary:
-            temporary.write_text(
-                page, encoding="utf-8", errors="backslashreplace"
-            )  # odd file names
+            # Names of files need not be Unicode.
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def set_names(args: argparse.Namespace) -> list[str]:

@@ -1,7 +1,13 @@
+import json
+
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
+from tiny import write_split
 
 from nuclei_d2.evaluation.boundary_ap import ScoredImage
+from nuclei_d2.evaluation.comparison import evaluate_files
+from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
 from nuclei_d2.visualization.report.findings import (
     MERGES,
     QUESTIONS,
@@ -95,6 +101,27 @@ def test_precision_against_recall():
     np.testing.assert_allclose(precision[26:], 2 / 3)
     assert precision_recall([], 0)[0].size == 0
     assert precision_recall([scored([0.3], [False], 0)], 0)[0].size == 0
+
+
+def test_the_area_below_the_curve_is_cocos_average_precision(tmp_path):
+    write_split(tmp_path, "tiny_test", [12, 0, 9, 15], seed=1)
+    truth = open_ground_truth(tmp_path / "annotations" / "tiny_test.json")
+    content = json.loads((tmp_path / "annotations" / "tiny_test.json").read_text())
+    rng = np.random.default_rng(0)
+    results = []
+    for annotation in content["annotations"]:
+        mask = np.roll(mask_util.decode(annotation["segmentation"]), rng.integers(0, 4), axis=1)
+        rle = mask_util.encode(np.asfortranarray(mask))
+        rle["counts"] = rle["counts"].decode()
+        score = float(rng.random())
+        results.append({**annotation, "segmentation": rle, "bbox": None, "score": score})
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    predictions = open_predictions(tmp_path / "results.json", truth)
+    [evaluation] = evaluate_files(truth, [predictions])
+    for threshold, key in ((0, "AP50"), (5, "AP75")):
+        _, precision = precision_recall(evaluation.scored, threshold)
+        assert 100 * precision.sum() / 101 == pytest.approx(evaluation.coco["segm"][key])
+        assert 5 < evaluation.coco["segm"][key] < 95
 
 
 def test_reliability_by_hand():

@@ -155,7 +155,8 @@ def _errors(names: Sequence[str], evaluations: Sequence[Evaluation]) -> dict[str
     charts = {}
     for k, error in enumerate(ERRORS):
         described = [
-            f"{name}: {part[k].tolist()}." for name, part in zip(names, counts, strict=True)
+            f"{name}: {', '.join(map(str, part[k]))}."
+            for name, part in zip(names, counts, strict=True)
         ]
         charts[error] = bar_chart(
             f"{error.capitalize()} by size, {', '.join(_SIZES)} px². {' '.join(described)}",
@@ -230,11 +231,7 @@ def _reliability(names: Sequence[str], scored: Sequence[Sequence[ScoredImage]]) 
         }
         for k in range(len(edges) - 1)
     ]
-    return {
-        "reliability": chart,
-        "gaps": gaps,
-        "bins": rows,
-    }
+    return {"reliability": chart, "gaps": gaps, "bins": rows}
 
 
 def _cases(
