@@ -1,8 +1,15 @@
 """Data and configs that several test folders share. Everything is generated; nothing is read."""
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from skimage.draw import disk
 
@@ -70,3 +77,22 @@ def write_split(folder: Path, name: str, counts: list[int], seed: int) -> None:
             {"id": index, "height": height, "width": width, **places, "annotations": annotations}
         )
     write_coco_json(folder / "annotations" / f"{name}.json", images)
+
+
+def in_two_processes(function: Callable[[int], Any], folder: Path) -> list:
+    """``[function(0), function(1)]``, called by the two processes of a gloo group.
+
+    The processes are forked: ``function`` may use whatever the test has registered.
+    """
+    mp.start_processes(_in_group, (function, folder), nprocs=2, start_method="fork")
+    return [pickle.loads((folder / f"rank{rank}.pkl").read_bytes()) for rank in range(2)]
+
+
+def _in_group(rank: int, function: Callable[[int], Any], folder: Path) -> None:
+    # Threads do not survive a fork.
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
+    (folder / f"rank{rank}.pkl").write_bytes(pickle.dumps(function(rank)))
+    dist.barrier()
+    dist.destroy_process_group()

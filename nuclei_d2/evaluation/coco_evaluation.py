@@ -16,6 +16,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as mask_util
 
 from nuclei_d2.data.datasets.coco import mask_to_rle, split_masks
+from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 
 _logger = logging.getLogger(__name__)
@@ -144,9 +145,14 @@ class NucleiCOCOEvaluator(DatasetEvaluator):
         self._predictions = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Add one batch: dataset dicts with image_id, and the model's ``instances``."""
+        """Add one batch: dataset dicts with image_id, and the model's ``instances``.
+
+        Raises:
+            NucleiError: the predictions are not of the size of the image.
+        """
         for record, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
+            _check_size(record, instances.image_size)
             masks = split_masks(instances.pred_masks)
             rles = [mask_to_rle(mask, instances.image_size) for mask in masks]
             instances.remove("pred_masks")  # Detectron2 encodes at the cost of the whole frame
@@ -167,6 +173,7 @@ class NucleiCOCOEvaluator(DatasetEvaluator):
             write_json(path, predictions, indent=None)
         truth = dataset_to_coco(DatasetCatalog.get(self._dataset_name))
         self._warn_if_cap_binds(truth, predictions)
+        self._warn_if_scores_are_equal(predictions)
         results = OrderedDict()
         for task in _TASKS:
             results[task] = coco_ap(truth, predictions, task, self._max_dets)
@@ -185,3 +192,21 @@ class NucleiCOCOEvaluator(DatasetEvaluator):
                 f"TEST.DETECTIONS_PER_IMAGE = {self._max_dets} binds: {full} images reach it and "
                 f"the fullest image of {self._dataset_name} has {fullest} nuclei; raise it"
             )
+
+    def _warn_if_scores_are_equal(self, predictions: list[dict]) -> None:
+        scores = {p["score"] for p in predictions}
+        if len(predictions) > 1 and len(scores) == 1:
+            _logger.warning(
+                f"all {len(predictions)} predictions on {self._dataset_name} have the score "
+                f"{scores.pop():g}: they have no order, and AP has no meaning"
+            )
+
+
+def _check_size(record: dict, size: tuple[int, int]) -> None:
+    expected = (record["height"], record["width"])
+    if tuple(size) != expected:
+        raise NucleiError(
+            f"{record['file_name']}: predicted at {size[0]} x {size[1]} pixels (height x width), "
+            f"but the image and its ground truth have {expected[0]} x {expected[1]}; "
+            "MODEL.META_ARCHITECTURE has to return instances at the size of the file"
+        )

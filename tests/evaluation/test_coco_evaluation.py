@@ -9,9 +9,11 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tiny import in_two_processes
 
 from nuclei_d2.evaluation.coco_evaluation import NucleiCOCOEvaluator, coco_ap, dataset_to_coco
 from nuclei_d2.structures.label_instances import predictions_from_labels
+from nuclei_d2.utils.errors import NucleiError
 
 
 def squares(boxes, shape=(128, 128)):
@@ -210,9 +212,54 @@ def test_masks_of_a_label_image_are_encoded_like_bitmaps():
     written = []
     for predictions in (found, dense):
         evaluator = NucleiCOCOEvaluator("x", max_dets=10)
-        evaluator.process([{"image_id": 1}], [{"instances": predictions}])
+        record = {"image_id": 1, "height": 60, "width": 50}
+        evaluator.process([record], [{"instances": predictions}])
         written.append(evaluator._predictions)
     assert written[0] == written[1]
     for result, mask in zip(written[0], dense.pred_masks.numpy(), strict=True):
         rle = mask_util.encode(np.asfortranarray(mask))
         assert result["segmentation"] == {"size": [60, 50], "counts": rle["counts"].decode()}
+
+
+def test_equal_scores_are_reported(dataset, caplog):
+    boxes = grid(3)
+    dicts = [record(1, boxes, (1024, 1024))]
+    name = dataset(dicts)
+    with caplog.at_level(logging.WARNING):
+        run(name, dicts, [instances(boxes, [0.5, 0.5, 0.25], (1024, 1024))])
+        run(name, dicts, [instances(boxes[:1], [0.5], (1024, 1024))])
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        run(name, dicts, [instances(boxes, [0.5] * 3, (1024, 1024))])
+    assert f"all 3 predictions on {name} have the score 0.5" in caplog.text
+
+
+def test_predictions_of_another_size_name_the_image(dataset):
+    dicts = [record(7, [(0, 0, 20, 20)], (64, 128))]
+    found = instances([(0, 0, 20, 20)], [0.9], (128, 64))
+    with pytest.raises(NucleiError, match=r"^7\.png: predicted at 128 x 64 .* have 64 x 128;"):
+        run(dataset(dicts), dicts, [found])
+
+
+def test_two_processes_give_exactly_the_numbers_of_one(dataset, tmp_path):
+    rng = np.random.default_rng(3)
+    dicts, outputs = [], []
+    for image_id in range(1, 6):
+        boxes = grid(int(rng.integers(0, 40)), size=12, shape=(128, 128))
+        dicts.append(record(image_id, boxes))
+        shifted = np.array(boxes, int).reshape(-1, 4) + rng.integers(0, 4, (len(boxes), 1))
+        outputs.append(instances(shifted.tolist(), rng.random(len(boxes)).round(1)))
+    name = dataset(dicts)
+
+    def evaluate(part, folder):
+        return run(name, dicts[part], outputs[part], output_dir=folder and str(folder))
+
+    # As unevenly as Detectron2's sampler; many scores are equal.
+    parts = (slice(0, 2), slice(2, None))
+    first, second = in_two_processes(lambda rank: evaluate(parts[rank], tmp_path / "two"), tmp_path)
+    alone = evaluate(slice(None), tmp_path / "one")
+    assert str(first) == str(alone)  # NaN is not equal to itself
+    assert 0 < alone["segm"]["AP"] < 100
+    assert second is None
+    written = [tmp_path / name / "coco_instances_results.json" for name in ("one", "two")]
+    assert written[0].read_bytes() == written[1].read_bytes()

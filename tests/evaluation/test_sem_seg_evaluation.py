@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from tiny import TINY_DATA_OPTS
+from tiny import TINY_DATA_OPTS, in_two_processes
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.builtin import register_from_config
@@ -65,3 +65,23 @@ def test_only_models_with_sem_seg_have_it_scored():
     assert unet._class_names == ("background", "nucleus")
     (classical,) = build("MODEL.META_ARCHITECTURE", "Classical", "MODEL.UNET.TARGET", "boundary")
     assert classical._target is two_class_target
+
+
+def test_two_processes_give_exactly_the_numbers_of_one(tiny_data, tmp_path):
+    register_from_config(load_config("", TINY_DATA_OPTS))
+    records = DatasetCatalog.get("tiny_train")
+    names = ("background", "nucleus")
+    noise = np.random.default_rng(0).random((len(records), 2, 64, 80), np.float32)
+    outputs = [{"sem_seg": torch.from_numpy(x)} for x in noise]
+
+    def evaluate(part):
+        evaluator = NucleiSemSegEvaluator("tiny_train", class_names=names, target=two_class_target)
+        evaluator.process(records[part], outputs[part])
+        return evaluator.evaluate()
+
+    # As unevenly as Detectron2's sampler.
+    parts = (slice(0, 1), slice(1, None))
+    first, second = in_two_processes(lambda rank: evaluate(parts[rank]), tmp_path)
+    assert first == evaluate(slice(None))
+    assert 40 < first["sem_seg"]["pACC"] < 60
+    assert second is None
