@@ -9,7 +9,7 @@ from skimage.measure import regionprops
 from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 
-_BAND = 256  # rows: windows are read band by band, so a reader that caches reads nothing twice
+_BAND = 256  # rows; the image is read in bands of about so many
 # Columns without their unit, and scikit-image's names of them.
 _LENGTHS = {
     "equivalent_diameter": "equivalent_diameter_area",
@@ -24,23 +24,20 @@ _INTENSITIES = {"mean": np.mean, "min": np.min, "max": np.max, "std": np.std}
 def measure(nuclei: Nuclei, image: ImageInfo) -> dict[str, np.ndarray]:
     """Measure every nucleus on its whole mask, overlapped parts included.
 
-    Only one nucleus's window of the image is read at a time.
+    The image is read in bands as high as the highest nucleus and :data:`_BAND` rows.
 
     Returns:
         Columns of N values by name, in order; nucleus k is row k. Lengths and areas in
         micrometres are there if ``image.pixel_size`` is known.
     """
-    count = len(nuclei)
-    shapes = {name: np.zeros(count) for name in ("x", "y", *_LENGTHS, *_RATIOS)}
-    intensities = np.zeros((count, len(image.channels), len(_INTENSITIES)))
-    for k in np.lexsort((nuclei.boxes[:, 1], nuclei.boxes[:, 0] // _BAND)).tolist():
-        boxed = nuclei.masks[k]
-        for name, value in _measure_shape(boxed).items():
+    shapes = {name: np.zeros(len(nuclei)) for name in ("x", "y", *_LENGTHS, *_RATIOS)}
+    intensities = np.zeros((len(nuclei), len(image.channels), len(_INTENSITIES)))
+    for k, pixels in _read_pixels(nuclei, image):
+        for name, value in _measure_shape(nuclei.masks[k]).items():
             shapes[name][k] = value
-        pixels = image.read(*boxed.window)[boxed.mask].astype(float)
         intensities[k] = np.stack([f(pixels, axis=0) for f in _INTENSITIES.values()], axis=1)
     return {
-        "label": np.arange(1, count + 1),
+        "label": np.arange(1, len(nuclei) + 1),
         "score": nuclei.scores,
         **_place_columns(nuclei, shapes, image.pixel_size),
         **area_columns(nuclei, image),
@@ -62,6 +59,23 @@ def area_columns(nuclei: Nuclei, image: ImageInfo) -> dict[str, np.ndarray]:
     if image.pixel_size:
         columns["area_um2"] = nuclei.areas * image.pixel_size**2
     return columns
+
+
+def _read_pixels(nuclei: Nuclei, image: ImageInfo) -> Iterator[tuple[int, np.ndarray]]:
+    """Each nucleus's index and raw grey levels, (pixels, C) float64, from top to bottom.
+
+    One window per nucleus would have a file decode the same strips or tiles again and again.
+    """
+    band_of = nuclei.boxes[:, 0] // _BAND
+    for band in np.unique(band_of):
+        members = np.flatnonzero(band_of == band)
+        top, left = nuclei.boxes[members, :2].min(axis=0).tolist()
+        bottom, right = nuclei.boxes[members, 2:].max(axis=0).tolist()
+        read = image.read(slice(top, bottom), slice(left, right))
+        for k in members.tolist():
+            rows, columns = nuclei.masks[k].window
+            window = read[rows.start - top : rows.stop - top, columns.start - left :]
+            yield k, window[:, : columns.stop - columns.start][nuclei.masks[k].mask].astype(float)
 
 
 def _measure_shape(boxed: BoxedMask) -> dict[str, float]:

@@ -4,6 +4,7 @@ from scipy import ndimage
 from skimage.measure import regionprops_table
 
 from nuclei_d2.inference.nuclei import ImageInfo
+from nuclei_d2.inference.writers import measurements
 from nuclei_d2.inference.writers.measurements import count_touching, measure
 
 
@@ -126,13 +127,21 @@ def test_neighbours_of_blobs(draw_nuclei, seed):
     assert count_touching(nuclei).tolist() == (together.sum(axis=1) - 1).tolist()
 
 
-def test_only_windows_are_read(draw_nuclei):
-    nuclei, _, image = draw_nuclei(5)
-    windows = []
+@pytest.mark.parametrize("band", [1, 7, 100])
+def test_bands(draw_nuclei, monkeypatch, band):
+    nuclei, masks, image = draw_nuclei(5)
+    monkeypatch.setattr(measurements, "_BAND", band)
+    heights = []
 
     def read(rows, columns):
-        windows.append((rows, columns))
+        heights.append(rows.stop - rows.start)
         return image.read(rows, columns)
 
-    measure(nuclei, ImageInfo("a.tif", read, image.channels))
-    assert sorted(windows, key=str) == sorted((boxed.window for boxed in nuclei.masks), key=str)
+    columns = measure(nuclei, ImageInfo("a.tif", read, image.channels))
+    pixels = image.read(slice(0, 40), slice(0, 56))
+    for channel, name in enumerate(image.channels):
+        expected = [pixels[mask, channel].max() for mask in masks]
+        assert columns[f"intensity_max_{name}"].tolist() == expected
+    tallest = max(len(boxed.mask) for boxed in nuclei.masks)
+    assert max(heights) <= tallest + band - 1
+    assert len(heights) <= -(-40 // band)
