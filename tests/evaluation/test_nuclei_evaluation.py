@@ -1,16 +1,13 @@
 import json
 import math
-import socket
-import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from skimage.draw import disk
+from tiny import in_two_processes
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.coco import box_mask, label_image_to_masks, mask_to_annotation
@@ -204,26 +201,13 @@ def test_the_evaluator_type_chooses(dataset):
     assert set(coco.evaluate()) == {"bbox", "segm"}
 
 
-def _worker(rank, port, path):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    records, outputs = make_data()
-    name = register(records, f"nuclei_evaluation_rank_{rank}")  # forked: the other is there
-    mine = slice(0, 2) if rank == 0 else slice(2, 5)  # as unevenly as Detectron2's sampler
-    results = evaluate(name, records[mine], outputs[mine])
-    assert (results is None) == (rank == 1)
-    if rank == 0:
-        with open(path, "w") as file:
-            json.dump(results, file)
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo")
 def test_two_processes_give_exactly_the_numbers_of_one(dataset, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = str(tmp_path / "results.json")
-    mp.start_processes(_worker, (port, path), nprocs=2, start_method="fork")
-    with open(path) as file:
-        assert json.load(file) == evaluate(*dataset)
+    name, records, outputs = dataset
+    parts = (slice(0, 2), slice(2, 5))  # as unevenly as Detectron2's sampler
+
+    def work(rank):
+        return evaluate(name, records[parts[rank]], outputs[parts[rank]])
+
+    first, second = in_two_processes(work, tmp_path)
+    assert first == evaluate(*dataset)
+    assert second is None
