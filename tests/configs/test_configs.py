@@ -11,7 +11,12 @@ from nuclei_d2.data.dataset_mapper import labels_to_instances
 from nuclei_d2.data.targets import build_target
 from nuclei_d2.engine.trainer import NucleiTrainer
 
-LEAVES = sorted(p for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("Base"))
+# Studies list configs; they are none.
+LEAVES = sorted(
+    p
+    for p in CONFIGS.rglob("*.yaml")
+    if not p.name.startswith("Base") and p.parent.name != "studies"
+)
 SIDE = 160
 # Fewer proposals than the real configs, for speed alone.
 FEW_OPTS = (

@@ -1,0 +1,156 @@
+"""Order, resumption, failures and budgets of runs, with stand-ins for the trainer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from nuclei_d2.utils.errors import NucleiError
+
+
+def stages(calls, key):
+    """Stages that were called for one run, in order."""
+    return [line.split(" ", 1)[0] for line in calls if f"/{key}" in line]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_every_run_goes_through_its_stages_and_is_collected(make_runner, calls):
+    runner = make_runner()
+    runs = runner.study.runs()
+    assert runner.run_all(runs) == []
+    done = calls()
+    assert stages(done, "a/classical/seed0") == ["evaluate", "measure"]
+    assert stages(done, "a/unet/seed1") == ["train", "tune", "evaluate", "measure"]
+    assert stages(done, "a/mask_rcnn/seed1") == ["train", "evaluate", "measure"]
+    assert {runner.state(run) for run in runs} == {"done"}
+    info = read(runner.results_folder(runs[1]) / "run.json")
+    assert info["training"]["seconds"] == 20.0  # 40 iterations of 0.5 s
+    assert info["curve"] == [{"seconds": 20.0, "segm/AP": 50.0}]
+    assert info["decoder"] == {"DECODER": {"THRESHOLD": 0.4}}
+    assert info["hardware"] == {"device": "none"}
+    # Nothing but the final weights stays of the checkpoints.
+    assert [p.name for p in runner.folder(runs[1]).glob("*.pth")] == ["model_final.pth"]
+
+
+def test_what_is_done_is_not_done_again(make_runner, calls):
+    make_runner().run_all(make_runner().study.runs())
+    calls()
+    assert make_runner().run_all(make_runner().study.runs()) == []
+    assert calls() == []
+
+
+def test_a_training_that_died_is_resumed(make_runner, calls, monkeypatch):
+    monkeypatch.setenv("STOP", "a/unet/seed0")
+    runs = make_runner().study.runs()
+    failed = make_runner().run_all(runs, say=lambda line: None)
+    assert [run.key for run in failed] == ["a/unet/seed0"]
+    assert make_runner().state(failed[0]) == "begun"
+    calls()
+    monkeypatch.delenv("STOP")
+    assert make_runner().run_all(runs) == []
+    assert calls()[0] == "train output/a/unet/seed0 resumed"
+
+
+def test_a_failure_is_one_line_and_the_others_go_on(make_runner, calls, monkeypatch):
+    monkeypatch.setenv("FAIL", "a/mask_rcnn/seed0/evaluation")
+    said = []
+    runs = make_runner().study.runs()
+    failed = make_runner().run_all(runs, said.append)
+    assert [run.key for run in failed] == ["a/mask_rcnn/seed0"]
+    (line,) = [line for line in said if "mask_rcnn/seed0" in line]
+    assert "evaluate failed (error: told to fail)" in line
+    assert "evaluate.log" in line
+    assert sum("done" in line for line in said) == len(runs) - 1
+    calls()
+    monkeypatch.delenv("FAIL")
+    assert make_runner().run_all(runs) == []  # from the stage that failed
+    assert stages(calls(), "a/mask_rcnn/seed0") == ["evaluate", "measure"]
+
+
+def test_other_settings_are_refused(make_runner):
+    runner = make_runner()
+    runner.run_all(runner.study.runs())
+    changed = make_runner(options={"SOLVER.BASE_LR": 0.5})
+    with pytest.raises(NucleiError, match="made with other settings"):
+        changed.run_all(changed.study.runs())
+
+
+def test_another_test_set_is_measured_without_training_again(make_runner, calls, tiny_data):
+    runner = make_runner()
+    runner.run_all(runner.study.runs())
+    calls()
+    task = {"train": "tiny_train", "val": "tiny_val", "test": ["tiny_test", "tiny_train"]}
+    runner = make_runner(datasets={"a": task})
+    assert runner.run_all(runner.study.runs()) == []
+    done = calls()
+    assert stages(done, "a/unet/seed0") == ["evaluate", "measure"]
+    request = read(runner.folder(runner.study.runs()[0]) / "measure.json")
+    assert list(request["tests"]) == ["tiny_train"]
+
+
+def test_a_budget_is_calibrated_once_for_each_model(make_runner, calls):
+    runner = make_runner(budget=5)
+    runs = runner.study.runs()
+    assert runner.run_all(runs) == []
+    done = calls()
+    assert sum("calibration" in line for line in done) == 2  # not the classical baseline
+    assert runner.state(runs[1]) == "done"
+    info = read(runner.results_folder(runs[1]) / "run.json")
+    assert info["iterations"] == 600  # 5 minutes of 0.5 s each
+    for run in runs[1:]:
+        plan = read(runner.folder(run) / "plan.json")
+        assert "600" in plan["options"]
+    other = make_runner(budget=6)
+    with pytest.raises(NucleiError, match="made with other settings"):
+        other.run_all(runs)
+
+
+def test_several_at_a_time_share_the_cores(make_runner, calls):
+    runner = make_runner(jobs=2, budget=5)
+    assert runner.run_all(runner.study.runs()) == []
+    assert sum("calibration" in line for line in calls()) == 2
+    assert runner._environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+def test_a_run_that_another_process_does_is_left_alone(make_runner):
+    runner = make_runner()
+    run = runner.study.runs()[0]
+    folder = runner.folder(run)
+    folder.mkdir(parents=True)
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / "lock")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        said = []
+        assert runner.run_all([run], said.append) == [run]
+        assert "is being done by another process" in said[0]
+        process.kill()
+    assert runner.run_all([run]) == []
+
+
+def test_an_interrupt_ends_the_processes(make_runner, monkeypatch):
+    runner = make_runner()
+    sleeper = (sys.executable, "-c", "import time; time.sleep(60)")
+    monkeypatch.setattr(runner, "_commands", type(runner._commands)(sleeper, sleeper, sleeper))
+
+    def interrupt(*_):
+        while not runner._processes:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_all(runner.study.runs())
+    assert time.monotonic() - started < 30
+    assert not runner._processes
