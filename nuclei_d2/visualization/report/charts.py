@@ -92,7 +92,7 @@ def bar_chart(description: str, groups: Sequence[str], series: Sequence[Sequence
         _add_text(svg, label, _GROUP_LABEL - 6, middle, "end")
         for s, counts in enumerate(series):
             bar = SubElement(svg, "g", {"class": style(s)})
-            width = max(1, counts[g] * scale)
+            width = max(counts[g] > 0, counts[g] * scale)
             box = {"x": _GROUP_LABEL, "y": top + s * _BAR + 1, "width": width, "height": _BAR - 2}
             SubElement(bar, "rect", {key: f"{value:g}" for key, value in box.items()})
             end = _GROUP_LABEL + width + 5
