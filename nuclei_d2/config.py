@@ -51,6 +51,11 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.INPUT.MIN_LEVELS = 4.0
     # Factor by which every image is enlarged before the network (training and test).
     cfg.INPUT.SCALE = 1.0
+    # What the model learnt from, to which prediction scales. Median diameter of the nuclei,
+    # 2 sqrt(area / pi), in pixels of the image files; training measures it. 0: unknown.
+    cfg.INPUT.NUCLEUS_DIAMETER = 0.0
+    # Micrometres per pixel of the image files, where it is the same for all of them. 0: unknown.
+    cfg.INPUT.PIXEL_SIZE = 0.0
     # Range of the random factor that multiplies INPUT.SCALE in training.
     cfg.INPUT.SCALE_JITTER = (0.8, 1.25)
     # Training crops of INPUT.CROP.SIZE (height, width) pixels as the network sees them.

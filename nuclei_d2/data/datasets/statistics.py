@@ -141,6 +141,24 @@ def measure_record(record: dict[str, Any], normalizer: ImageNormalizer) -> Image
     return measure_image(image, labels, areas, boxes, normalizer, modality)
 
 
+def median_diameter(records: Sequence[dict[str, Any]]) -> float:
+    """Median over all nuclei of the diameter of the circle of the same area, pixels of the files.
+
+    Args:
+        records: Detectron2 dataset dicts with RLE masks; crowds are left out.
+
+    Returns:
+        0 without nuclei.
+    """
+    areas = [
+        mask_util.area(annotation["segmentation"])
+        for record in records
+        for annotation in record["annotations"]
+        if not annotation.get("iscrowd", 0)
+    ]
+    return float(np.sqrt(4 / np.pi * np.median(areas))) if areas else 0.0
+
+
 @dataclass(frozen=True)
 class DatasetStatistics:
     """A data set in numbers. A ``*_percentiles`` field maps :data:`PERCENTILES` to values."""

@@ -17,6 +17,7 @@ from nuclei_d2.data.datasets.statistics import (
     fit_anchors,
     measure_image,
     measure_record,
+    median_diameter,
     propose,
     propose_scale,
     summarize,
@@ -156,6 +157,16 @@ def test_record_with_another_size_than_its_file_names_the_file(record, key):
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(record[key])
     with pytest.raises(NucleiError, match=r"(image|label)\.png is \(20, 20\) pixels"):
         measure_record(record, NORMALIZER)
+
+
+def test_median_diameter_is_of_the_circle_of_the_same_area():
+    squares = [box_mask(np.ones((side, side), bool)) for side in (2, 4, 30)]
+    annotations = [mask_to_annotation(square, (30, 30)) for square in squares]
+    records = [{"annotations": annotations[:1]}, {"annotations": annotations[1:]}]
+    assert median_diameter(records) == pytest.approx(4 * 2 / math.sqrt(math.pi))
+    crowd = {**annotations[0], "iscrowd": 1}
+    assert median_diameter([{"annotations": [crowd, annotations[1]]}]) == median_diameter(records)
+    assert median_diameter([{"annotations": []}]) == 0
 
 
 def test_summary_by_hand():
