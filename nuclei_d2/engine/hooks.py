@@ -1,9 +1,10 @@
 """Training hooks that Detectron2 does not have."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
@@ -13,7 +14,96 @@ from fvcore.common.checkpoint import Checkpointer
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from nuclei_d2.evaluation.efficiency import (
+    WARMUP,
+    device_memory_mb,
+    host_memory_mb,
+    reset_peak_memory,
+)
 from nuclei_d2.utils.errors import NucleiError
+
+
+class TrainingSpeed(HookBase):
+    """Time of every stage of an iteration, images per second and peak memory.
+
+    The trainer switches its ``clock`` (a ``StageClock``) between "data", "forward", "backward",
+    "logging" and "step", and counts in ``images_seen``. Every ``period`` iterations their means
+    become the scalars forward_time, backward_time, step_time (seconds; Detectron2 adds data_time
+    and time), images_per_second, max_memory_mb (CUDA only) and host_memory_mb; :meth:`summary`
+    covers the whole run. The first iterations, other hooks and evaluations are not measured. Put
+    this hook before those that evaluate, and before the writer.
+    """
+
+    def __init__(self, device: torch.device, period: int = 20):
+        """
+        Args:
+            device: where the model runs.
+            period: iterations between two writings; that of the PeriodicWriter.
+        """
+        self._device = device
+        self._period = period
+        self._seconds = Counter()
+        self._iterations = self._images = 0
+        self._device_mb = None
+
+    def before_train(self):
+        remaining = self.trainer.max_iter - self.trainer.start_iter
+        self._warmup = max(0, min(WARMUP, remaining - 1))
+        self._pending = 0
+        self._images_before = self.trainer.images_seen
+        reset_peak_memory(self._device)
+
+    def after_step(self):
+        # An evaluation resets the device's peak.
+        if self._device.type == "cuda":
+            self._device_mb = max(self._device_mb or 0, device_memory_mb(self._device))
+        self._pending += 1
+        done = self.trainer.iter + 1
+        if done - self.trainer.start_iter <= self._warmup:
+            self.trainer.clock.reset()
+            self._pending, self._images_before = 0, self.trainer.images_seen
+        elif done % self._period == 0 or done == self.trainer.max_iter:
+            self._write()
+
+    def _write(self):
+        seconds, iterations = self.trainer.clock.take(), self._pending
+        images = (self.trainer.images_seen - self._images_before) * comm.get_world_size()
+        self._pending, self._images_before = 0, self.trainer.images_seen
+        self._seconds.update(seconds)
+        self._iterations += iterations
+        self._images += images
+        scalars = {
+            **{f"{k}_time": seconds[k] / iterations for k in ("forward", "backward", "step")},
+            "images_per_second": images / sum(seconds.values()),
+            "max_memory_mb": self._device_mb,
+            "host_memory_mb": host_memory_mb(),
+        }
+        known = {name: value for name, value in scalars.items() if value is not None}
+        self.trainer.storage.put_scalars(**known, smoothing_hint=False)
+
+    def summary(self) -> dict[str, Any] | None:
+        """Means over the measured iterations of this process; None if there were none.
+
+        Returns:
+            iterations, warmup_iterations: measured and not;
+            data_s_per_iteration: waiting for the data loader;
+            forward_, backward_ and step_s_per_iteration;
+            total_s_per_iteration: these and the logging of losses;
+            images_per_second: of all processes together;
+            peak_device_memory_mb (None on a CPU) and peak_host_memory_mb: of this process.
+        """
+        if not self._iterations:
+            return None
+        stages = {k: self._seconds[k] for k in ("data", "forward", "backward", "step")}
+        stages["total"] = sum(self._seconds.values())
+        return {
+            "iterations": self._iterations,
+            "warmup_iterations": self._warmup,
+            **{f"{k}_s_per_iteration": v / self._iterations for k, v in stages.items()},
+            "images_per_second": self._images / stages["total"],
+            "peak_device_memory_mb": self._device_mb,
+            "peak_host_memory_mb": host_memory_mb(),
+        }
 
 
 class ValidationLoss(HookBase):

@@ -4,18 +4,19 @@ import logging
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, default_setup, hooks
-from detectron2.evaluation import inference_on_dataset
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,13 +26,23 @@ from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.doctor import bfloat16_support
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
-from nuclei_d2.engine.hooks import BestCheckpointer, ValidationLoss
+from nuclei_d2.engine.checks import data_warnings
+from nuclei_d2.engine.hooks import BestCheckpointer, TrainingSpeed, ValidationLoss
 from nuclei_d2.evaluation import build_evaluator
+from nuclei_d2.evaluation.efficiency import (
+    efficiency_table,
+    hardware,
+    measured_inference,
+    model_cost,
+)
 from nuclei_d2.modeling import build_model
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
+from nuclei_d2.utils.timing import StageClock
 
 _logger = logging.getLogger(__name__)
+
+_WRITER_PERIOD = 20  # iterations, as in Detectron2
 
 
 def setup(args) -> CfgNode:
@@ -46,7 +57,22 @@ def setup(args) -> CfgNode:
     cfg = checked_config(args)
     cfg.freeze()
     default_setup(cfg, args)
+    _setup_log(cfg)
+    if comm.is_main_process():
+        for warning in data_warnings(cfg, *_used_sets(cfg, args)):
+            _logger.warning(warning)
     return cfg
+
+
+def _setup_log(cfg: CfgNode) -> None:
+    """Let our own log lines go where Detectron2's go, to the screen and ``log.txt``."""
+    log = setup_logger(
+        cfg.OUTPUT_DIR,
+        distributed_rank=comm.get_rank(),
+        name=__name__.split(".")[0],
+        enable_propagation=True,
+    )
+    log.setLevel(logging.INFO)
 
 
 def checked_config(args) -> CfgNode:
@@ -63,12 +89,17 @@ def checked_config(args) -> CfgNode:
             f"--num-gpus is {args.num_gpus} but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; "
             "leave the option out, or add MODEL.DEVICE cuda"
         )
-    used = list(cfg.DATASETS.TEST)
-    if not args.eval_only:
-        used += cfg.DATASETS.TRAIN
-        used += cfg.DATASETS.VAL if cfg.TEST.EVAL_PERIOD > 0 else ()
-    check_available(used)
+    evaluated, trained = _used_sets(cfg, args)
+    check_available((*evaluated, *trained))
     return cfg
+
+
+def _used_sets(cfg: CfgNode, args) -> tuple[list[str], list[str]]:
+    """Names of the sets that a run evaluates on, and of those it trains on."""
+    if args.eval_only:
+        return list(cfg.DATASETS.TEST), []
+    validated = cfg.DATASETS.VAL if cfg.TEST.EVAL_PERIOD > 0 else ()
+    return [*cfg.DATASETS.TEST, *validated], list(cfg.DATASETS.TRAIN)
 
 
 class NucleiTrainer(DefaultTrainer):
@@ -89,6 +120,8 @@ class NucleiTrainer(DefaultTrainer):
         self._device = torch.device(cfg.MODEL.DEVICE)
         self._amp = cfg.SOLVER.AMP.ENABLED and has_bfloat16(self._device)
         self._batches = None
+        self.clock = StageClock(self._device)  # of the stages of an iteration
+        self.images_seen = 0  # by this process
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -153,7 +186,8 @@ class NucleiTrainer(DefaultTrainer):
         cfg = self.cfg
         self.checkpointer = build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
         period = cfg.TEST.EVAL_PERIOD
-        built = [hooks.IterationTimer(), hooks.LRScheduler()]
+        self._speed = TrainingSpeed(torch.device(cfg.MODEL.DEVICE), _WRITER_PERIOD)
+        built = [hooks.IterationTimer(), hooks.LRScheduler(), self._speed]
         if comm.is_main_process():
             # The last two are enough to resume from.
             checkpoint_period = cfg.SOLVER.CHECKPOINT_PERIOD
@@ -163,12 +197,12 @@ class NucleiTrainer(DefaultTrainer):
         if cfg.DATASETS.VAL and period > 0:
             loader = self.build_validation_loss_loader(cfg)
             built.append(ValidationLoss(period, self.model, loader))
-            validate = lambda: by_task(evaluate(cfg, self.model, cfg.DATASETS.VAL))  # noqa: E731
+            validate = lambda: by_task(evaluate(cfg, self.model, cfg.DATASETS.VAL)[0])  # noqa: E731
             built.append(hooks.EvalHook(period, validate))
             if comm.is_main_process():
                 built.append(BestCheckpointer(period, self.checkpointer, cfg.TEST.BEST_METRIC))
         if comm.is_main_process():
-            built.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            built.append(hooks.PeriodicWriter(self.build_writers(), period=_WRITER_PERIOD))
         return built
 
     def train(self) -> OrderedDict:
@@ -178,7 +212,12 @@ class NucleiTrainer(DefaultTrainer):
             ``{dataset: {"bbox": {...}, "segm": {...}}}``, as in ``results.json``.
         """
         TrainerBase.train(self, self.start_iter, self.max_iter)
-        return evaluate_and_save(self.cfg, self.model)
+        return evaluate_and_save(self.cfg, self.model, self.training_cost())
+
+    def training_cost(self) -> dict[str, Any] | None:
+        """What the iterations of this process cost, see :meth:`TrainingSpeed.summary`."""
+        summary = self._speed.summary()
+        return summary and {"precision": "bfloat16" if self._amp else "float32", **summary}
 
     def run_step(self) -> None:
         """One iteration: load, forward (autocast), backward, step.
@@ -187,18 +226,25 @@ class NucleiTrainer(DefaultTrainer):
             NucleiError: the loss is not finite; names the iteration and the images.
         """
         start = time.perf_counter()
+        self.clock.switch("data")
         if self._batches is None:
             self._batches = iter(self.data_loader)
         with one_line_errors():
             batch = next(self._batches)
+        self.images_seen += len(batch)
         data_time = time.perf_counter() - start
 
+        self.clock.switch("forward")
         losses = self._forward(batch)
+        self.clock.switch("backward")
         total = sum(losses.values())
         self.optimizer.zero_grad()
         total.backward()
+        self.clock.switch("logging")
         SimpleTrainer.write_metrics(losses, data_time, self.iter)
+        self.clock.switch("step")
         self.optimizer.step()
+        self.clock.switch(None)
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:
@@ -222,18 +268,24 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables) -> Nuc
     )
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, dataset_names) -> OrderedDict:
-    """Evaluate ``model`` on registered sets: ``{dataset: {task: {metric: value}}}``.
+def evaluate(
+    cfg: CfgNode, model: nn.Module, dataset_names: Iterable[str]
+) -> tuple[OrderedDict, dict[str, dict[str, Any]]]:
+    """Evaluate ``model`` on registered sets.
 
-    Processes other than the main one get empty results.
+    Returns:
+        ``{dataset: {task: {metric: value}}}``, the inner part empty but on the main process; and
+        ``{dataset: ...}`` of what it cost, see :func:`measured_inference`.
     """
-    results = OrderedDict()
+    results, costs = OrderedDict(), {}
     for name in dataset_names:
         evaluator = NucleiTrainer.build_evaluator(cfg, name)
         loader = NucleiTrainer.build_test_loader(cfg, name)
         with one_line_errors():
-            results[name] = inference_on_dataset(model, loader, evaluator) or {}
-    return results
+            results[name], costs[name] = measured_inference(
+                model, loader, evaluator, torch.device(cfg.MODEL.DEVICE)
+            )
+    return results, costs
 
 
 @contextmanager
@@ -258,11 +310,36 @@ def by_task(results: OrderedDict) -> dict:
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def evaluate_and_save(cfg: CfgNode, model: nn.Module) -> OrderedDict:
-    """Evaluate on ``DATASETS.TEST`` and write ``OUTPUT_DIR/results.json``."""
-    results = evaluate(cfg, model, cfg.DATASETS.TEST)
+def evaluate_and_save(
+    cfg: CfgNode, model: nn.Module, training_cost: dict[str, Any] | None = None
+) -> OrderedDict:
+    """Evaluate on ``DATASETS.TEST`` and write ``OUTPUT_DIR/results.json``.
+
+    Args:
+        cfg: of the run.
+        model: to evaluate.
+        training_cost: written beside what the evaluation cost; None: nothing was trained.
+
+    Returns:
+        The first part of :func:`evaluate`; the file has ``efficiency`` beside the data sets.
+    """
+    results, costs = evaluate(cfg, model, cfg.DATASETS.TEST)
     if comm.is_main_process():
+        efficiency = {
+            "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
+            "model": model_cost(model, _first_image(cfg)),
+            "training": training_cost,
+            "evaluation": costs,
+        }
+        _logger.info(f"Efficiency:\n{efficiency_table(efficiency)}")
         path = Path(cfg.OUTPUT_DIR) / "results.json"
-        write_json(path, results)
+        write_json(path, {**results, "efficiency": efficiency})
         _logger.info(f"results written to {path}")
     return results
+
+
+def _first_image(cfg: CfgNode) -> dict[str, Any] | None:
+    """The first of ``DATASETS.TEST`` as the model gets it; None if there is no set."""
+    if not cfg.DATASETS.TEST:
+        return None
+    return NucleiTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]).dataset[0]

@@ -1,11 +1,19 @@
 import argparse
 import json
+import logging
 
 import pytest
 import torch
-from tiny import CONFIGS, TINY_DATA_OPTS, TINY_OPTS
+from detectron2.evaluation import inference_on_dataset
+from tiny import CONFIGS, TINY_DATA_OPTS, TINY_OPTS, in_two_processes, write_split
 
-from nuclei_d2.engine.trainer import NucleiTrainer, build_checkpointer, evaluate_and_save, setup
+from nuclei_d2.engine.trainer import (
+    NucleiTrainer,
+    build_checkpointer,
+    evaluate,
+    evaluate_and_save,
+    setup,
+)
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -32,16 +40,25 @@ def train(tmp_path, *opts, resume=False):
     return trainer, trainer.train()
 
 
+def read_results(tmp_path):
+    """Scores of the sets, which are reproducible, and ``efficiency``, which is not."""
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    return written, written.pop("efficiency")
+
+
 def test_a_run_leaves_checkpoints_metrics_and_results(tiny_data, tmp_path):
     _, results = train(tmp_path, "TEST.BEST_METRIC", "segm/AR")
     out = tmp_path / "out"
-    written = json.loads((out / "results.json").read_text())
+    written, efficiency = read_results(tmp_path)
+    assert set(efficiency) == {"hardware", "model", "training", "evaluation"}
     assert set(written) == {"tiny_test"}
     assert set(written["tiny_test"]) == {"bbox", "segm", "nuclei", "boundary"}
     assert written["tiny_test"]["segm"]["AP"] == results["tiny_test"]["segm"]["AP"]
     lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     keys = set().union(*lines)
     assert {"val/total_loss", "segm/AP", "loss_boundary", "loss_boundary_dice", "lr"} <= keys
+    assert {"data_time", "forward_time", "backward_time", "step_time"} <= keys
+    assert {"images_per_second", "host_memory_mb"} <= keys
     for name in ("model_0000003.pth", "model_final.pth", "model_best.pth", "config.yaml"):
         assert (out / name).is_file(), name
 
@@ -107,12 +124,82 @@ def test_a_run_resumed_from_its_last_checkpoint_ends_at_the_same_iteration(tiny_
 
 def test_evaluating_a_checkpoint_reproduces_the_run(tiny_data, tmp_path):
     train(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
-    written = (tmp_path / "out" / "results.json").read_bytes()
+    written, _ = read_results(tmp_path)
     cfg = tiny_setup(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
     model = NucleiTrainer.build_model(cfg)
     build_checkpointer(cfg, model).load_exactly(str(tmp_path / "out" / "model_final.pth"))
     evaluate_and_save(cfg, model)
-    assert (tmp_path / "out" / "results.json").read_bytes() == written
+    again, efficiency = read_results(tmp_path)
+    assert again == written
+    assert efficiency["training"] is None
+    assert efficiency["model"]["flops"] > 1e7
+    assert efficiency["evaluation"]["tiny_test"]["network_s_per_image"] > 0
+
+
+def test_what_a_run_cost(tiny_data, tmp_path):
+    trainer, _ = train(tmp_path, "SOLVER.MAX_ITER", "8", "TEST.EVAL_PERIOD", "0")
+    _, efficiency = read_results(tmp_path)
+    training = efficiency["training"]
+    assert (training["iterations"], training["warmup_iterations"]) == (3, 5)
+    assert training["precision"] in ("bfloat16", "float32")
+    stages = [training[f"{k}_s_per_iteration"] for k in ("data", "forward", "backward", "step")]
+    assert all(seconds > 0 for seconds in stages)
+    # The rest is the logging of losses.
+    assert 0.8 * training["total_s_per_iteration"] < sum(stages) < training["total_s_per_iteration"]
+    expected = 2 / training["total_s_per_iteration"]
+    assert training["images_per_second"] == pytest.approx(expected)
+    times = trainer.storage.history("time").values()[-3:]
+    assert training["total_s_per_iteration"] <= sum(t for t, _ in times) / 3
+    cost = efficiency["evaluation"]["tiny_test"]
+    assert (cost["images"], cost["warmup_images"]) == (1, 1)
+    assert cost["megapixels"] == pytest.approx(64 * 80 / 1e6)
+    stages = ("load", "network", "postprocess", "evaluation")
+    assert all(cost[f"{k}_s_per_image"] > 0 for k in stages)
+    assert cost["peak_host_memory_mb"] >= training["peak_host_memory_mb"]
+    parameters = [p.numel() for p in trainer.model.parameters()]
+    assert efficiency["model"]["parameters"] == sum(parameters)
+    assert efficiency["model"]["flops_image_size"] == [64, 80]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "forward_s_per_iteration" in log
+    assert "segm AP in percent, at most 20 instances" in log
+
+
+def test_measuring_changes_no_number(tiny_data, tmp_path):
+    cfg = tiny_setup(tmp_path, config="classical.yaml")
+    model = NucleiTrainer.build_model(cfg)
+    measured = evaluate(cfg, model, ["tiny_train"])[0]["tiny_train"]
+    plain = inference_on_dataset(
+        model,
+        NucleiTrainer.build_test_loader(cfg, "tiny_train"),
+        NucleiTrainer.build_evaluator(cfg, "tiny_train"),
+    )
+    assert str(measured) == str(plain)  # NaN is not equal to itself
+
+
+def test_two_processes_give_exactly_the_numbers_of_one(tiny_data, tmp_path):
+    cfg = tiny_setup(tmp_path, config="classical.yaml")
+    model = NucleiTrainer.build_model(cfg)
+
+    def work(rank):
+        results, costs = evaluate(cfg, model, ["tiny_train", "tiny_test"])
+        return str(results), costs
+
+    (results, costs), (nothing, same_costs) = in_two_processes(work, tmp_path)
+    alone, _ = evaluate(cfg, model, ["tiny_train", "tiny_test"])
+    assert results == str(alone)
+    assert set(alone["tiny_train"]) == {"bbox", "segm", "nuclei", "boundary", "sem_seg"}
+    assert nothing == "OrderedDict([('tiny_train', {}), ('tiny_test', {})])"
+    assert costs == same_costs
+    assert (costs["tiny_train"]["images"], costs["tiny_train"]["warmup_images"]) == (2, 2)
+
+
+def test_a_set_without_nuclei_is_reported_before_the_run(tiny_data, tmp_path, caplog):
+    write_split(tiny_data / "tiny", "tiny_test", [0, 0], seed=0)
+    with caplog.at_level(logging.WARNING):
+        tiny_setup(tmp_path)
+    message = "tiny_test has no nuclei at all"
+    assert message in caplog.text
+    assert message in (tmp_path / "out" / "log.txt").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_with_iteration_and_images(tiny_data, tmp_path):
@@ -147,14 +234,14 @@ def test_a_unet_trains_and_is_evaluated_by_the_same_commands(tiny_data, tmp_path
     trainer = NucleiTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
-    written = (tmp_path / "out" / "results.json").read_bytes()
-    scores = json.loads(written)["tiny_test"]
+    written, _ = read_results(tmp_path)
+    scores = written["tiny_test"]
     assert {"bbox", "segm", "nuclei", "sem_seg"} <= set(scores)
     assert scores["sem_seg"]["IoU-foreground"] is not None
     model = NucleiTrainer.build_model(cfg)
     build_checkpointer(cfg, model).load_exactly(str(tmp_path / "out" / "model_final.pth"))
     evaluate_and_save(cfg, model)
-    assert (tmp_path / "out" / "results.json").read_bytes() == written
+    assert read_results(tmp_path)[0] == written
 
 
 def test_the_classical_baseline_is_evaluated_without_weights(tiny_data, tmp_path):

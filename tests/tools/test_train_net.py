@@ -34,12 +34,16 @@ def test_train_then_evaluate_gives_the_same_results(tiny_data, tmp_path):
     trained = run(out, "SOLVER.MAX_ITER", "3", *low)
     assert trained.returncode == 0, trained.stderr
     assert "tiny_test (AP in percent)" in trained.stdout
-    results = (out / "results.json").read_bytes()
-    assert set(json.loads(results)["tiny_test"]) >= {"bbox", "segm"}
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["tiny_test"]) >= {"bbox", "segm"}
+    assert "forward_s_per_iteration" in trained.stdout
     weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"))
     evaluated = run(tmp_path / "eval", "--eval-only", *weights, *low)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert (tmp_path / "eval" / "results.json").read_bytes() == results
+    again = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert again["tiny_test"] == results["tiny_test"]
+    assert again["efficiency"]["model"] == results["efficiency"]["model"]
+    assert again["efficiency"]["training"] is None
 
 
 def test_a_killed_run_resumes_and_ends_at_the_same_iteration(tiny_data, tmp_path):
