@@ -201,7 +201,7 @@ def _tiff_metadata(
     if not (unit in _MICROMETRES and x > 0 and y > 0):
         return (), None, _UNKNOWN_SIZE
     size_x, size_y = _MICROMETRES[unit] / x, _MICROMETRES[unit] / y
-    if not tiff.is_imagej and min(size_x, size_y) > _LARGEST_PIXEL:
+    if min(size_x, size_y) > _LARGEST_PIXEL:
         return (), None, _UNKNOWN_SIZE
     return (), *_square(size_y, size_x)
 

@@ -456,3 +456,10 @@ def test_raw_values_are_kept(tmp_path, dtype):
     image = read(path)
     assert image.dtype == np.float32
     assert np.array_equal(image[:, :, 0], GREY // 16)
+
+
+def test_a_screens_resolution_from_imagej_is_no_pixel_size(tmp_path):
+    options = {"imagej": True, "resolution": (72, 72), "metadata": {"unit": "inch"}}
+    tifffile.imwrite(tmp_path / "a.tif", GREY, **options)
+    with open_image(tmp_path / "a.tif") as source:
+        assert source.pixel_size is None
