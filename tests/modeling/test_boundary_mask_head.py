@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
 from nuclei_d2.modeling import BoundaryMaskHead
+from nuclei_d2.modeling.roi_heads import boundary_mask_head
 from nuclei_d2.utils.errors import NucleiError
 
 CHANNELS, DIM = 32, 16
@@ -269,6 +270,17 @@ def test_inference_attaches_masks_and_boundaries(build_head):
     sigmoid = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(3))]
     assert results[0].pred_masks.unique().tolist() == pytest.approx(sigmoid[:1])
     assert results[0].pred_boundaries.unique().tolist() == pytest.approx(sigmoid[1:])
+
+
+def test_inference_in_batches(build_head, monkeypatch):
+    head = build_head().eval()
+    features, found = feature_maps(2), [detections(3), detections(2)]
+    expected = head(features, found)
+    maps = [torch.cat([x.pred_masks, x.pred_boundaries]) for x in expected]
+    monkeypatch.setattr(boundary_mask_head, "_INFERENCE_ROIS", 2)
+    for batched, reference in zip(head(features, found), maps, strict=True):
+        batched = torch.cat([batched.pred_masks, batched.pred_boundaries])
+        assert torch.allclose(batched, reference, atol=1e-6)
 
 
 def test_control_attaches_no_boundaries(build_head):

@@ -5,6 +5,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from nuclei_d2.layers import SmallROIAlign
 from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN, postprocess
 
 ROI_HEADS = {
@@ -60,6 +61,27 @@ def test_train_and_predict(build, training_input, roi_heads, mask_head, autocast
         if mask_head == "boundary":
             assert found.pred_boundaries.shape == (len(found), 192, 96)
             assert found.pred_boundaries.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("roi_heads", ROI_HEADS)
+def test_features_are_pooled_as_detectron2_does(build, training_input, roi_heads):
+    """NucleiRCNN pools and lays out memory in its own way; GeneralizedRCNN does not."""
+    inputs, opts = [training_input(9)], [*ROI_HEADS[roi_heads], *MASK_HEADS["baseline"]]
+    ours = build(*opts).eval()
+    stock = build(*opts, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN").eval()
+    stock.load_state_dict(ours.state_dict())
+    pooled = []
+    for model in (ours, stock):
+        with torch.no_grad():
+            images = ours.preprocess_image(inputs)
+            features = model.backbone(images.tensor)
+            features = [features[name] for name in ("p2", "p3", "p4", "p5")]
+            boxes = [Boxes(torch.tensor([[3.0, 4, 30, 40], [1, 2, 90, 80], [5, 5, 5, 9]]))]
+            heads = model.roi_heads
+            pooled.append([pool(features, boxes) for pool in (heads.box_pooler, heads.mask_pooler)])
+    for first, second in zip(*pooled, strict=True):
+        assert torch.allclose(first, second, atol=1e-5)
+    assert {type(pool) for pool in ours.roi_heads.box_pooler.level_poolers} == {SmallROIAlign}
 
 
 def test_batch_without_nuclei(build, training_input):

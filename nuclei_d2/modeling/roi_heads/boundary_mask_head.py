@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +18,8 @@ from nuclei_d2.layers.roi_align import SmallROIPooler
 from nuclei_d2.layers.upsample import UpsamplePredictor
 from nuclei_d2.modeling.losses import bce_loss, boundary_dice_loss
 from nuclei_d2.utils.errors import NucleiError
+
+_INFERENCE_ROIS = 128  # in memory at a time
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -154,14 +156,27 @@ class BoundaryMaskHead(nn.Module):
             inference ``instances`` with pred_masks and, unless this is the control,
             pred_boundaries: probabilities inside the boxes, (N, 1, M, M) float32.
         """
-        boxes = [x.proposal_boxes if self.training else x.pred_boxes for x in instances]
-        mask_logits, boundary_logits = self.layers(
+        if self.training:
+            logits = self._pool_and_apply(features, [x.proposal_boxes for x in instances])
+            return self.losses(*logits, instances)
+        # Hundreds of nuclei at a time would need gigabytes for the boundary RoIs.
+        logits = [
+            self._pool_and_apply(
+                {name: f[k : k + 1] for name, f in features.items()}, [Boxes(part)]
+            )
+            for k, x in enumerate(instances)
+            for part in x.pred_boxes.tensor.split(_INFERENCE_ROIS)
+        ]
+        mask_logits, boundary_logits = (torch.cat(parts) for parts in zip(*logits, strict=True))
+        return self.inference(mask_logits, boundary_logits, instances)
+
+    def _pool_and_apply(
+        self, features: dict[str, Tensor], boxes: list[Boxes]
+    ) -> tuple[Tensor, Tensor]:
+        return self.layers(
             self.mask_pooler([features[name] for name in self.mask_in_features], boxes),
             self.boundary_pooler([features[name] for name in self.boundary_in_features], boxes),
         )
-        if self.training:
-            return self.losses(mask_logits, boundary_logits, instances)
-        return self.inference(mask_logits, boundary_logits, instances)
 
     def layers(self, mask_features: Tensor, boundary_features: Tensor) -> tuple[Tensor, Tensor]:
         """Mask and boundary logits, float32 (N, classes, 2R, 2R) both.
