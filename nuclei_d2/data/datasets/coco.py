@@ -121,15 +121,16 @@ def mask_to_rle(boxed: BoxedMask, size: tuple[int, int]) -> dict[str, Any]:
         ``{"size": [H, W], "counts": str}``.
     """
     height, width = size
-    # +1 where a run starts, -1 behind its end, one column per row of `steps`.
-    steps = np.diff(np.pad(boxed.mask, ((1, 1), (0, 0))).astype(np.int8), axis=0).T
-    column, start = np.nonzero(steps == 1)
-    end = np.nonzero(steps == -1)[1]
-    offset = (boxed.left + column) * height + boxed.top
-    bounds = np.stack([offset + start, offset + end], axis=1).ravel()
-    # A run that reaches the bottom goes on at the top of the next column: drop the seam.
-    seam = np.flatnonzero(bounds[1:-1:2] == bounds[2::2])
-    bounds = np.delete(bounds, np.concatenate([2 * seam + 1, 2 * seam + 2]))
+    rows, columns = boxed.mask.shape
+    # The box' columns in a line, background at both ends of each: runs start and end in turn.
+    padded = np.zeros((columns, rows + 2), bool)
+    padded[:, 1:-1] = boxed.mask.T
+    line = padded.ravel()
+    column, row = np.divmod(np.flatnonzero(line[1:] != line[:-1]), rows + 2)
+    bounds = (boxed.left + column) * height + boxed.top + row
+    if rows == height:  # a run that reaches the bottom goes on at the top: drop the seam
+        seam = np.flatnonzero(bounds[1:-1:2] == bounds[2::2])
+        bounds = np.delete(bounds, np.concatenate([2 * seam + 1, 2 * seam + 2]))
     counts = np.diff(np.concatenate([[0], bounds, [height * width]])).tolist()
     if counts[-1] == 0:  # COCO's own encoder writes no empty run at the end
         counts.pop()
