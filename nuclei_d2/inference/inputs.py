@@ -12,7 +12,8 @@ def find_images(words: Sequence[str]) -> list[Path]:
     """The image files that files, folders and quoted glob patterns stand for, without repeats.
 
     A folder stands for the visible images directly in it, judged by :data:`IMAGE_SUFFIXES`, a file
-    for itself whatever its name. ``**`` in a pattern matches any depth.
+    for itself whatever its name, and a folder ``*.zarr`` for one image. ``**`` in a pattern matches
+    any depth.
 
     Raises:
         NucleiError: a word that stands for no file.
@@ -26,14 +27,15 @@ def find_images(words: Sequence[str]) -> list[Path]:
 
 def _expand(word: str) -> list[Path]:
     path = Path(word)
-    if path.is_dir():
-        paths = [p for p in sorted(path.iterdir()) if is_image_name(p)]
+    if path.is_dir() and not _is_zarr(path):
+        paths = [p for p in sorted(path.iterdir()) if is_image_name(p) or _is_zarr(p)]
         if not paths:
             raise NucleiError(f"no images in {word} (looked for {', '.join(IMAGE_SUFFIXES)})")
         return paths
     if path.exists():  # before the pattern: a file may be called cells[1].png
         return [path]
-    paths = [p for p in map(Path, sorted(glob.glob(word, recursive=True))) if p.is_file()]  # noqa: PTH207
+    paths = map(Path, sorted(glob.glob(word, recursive=True)))  # noqa: PTH207
+    paths = [p for p in paths if p.is_file() or _is_zarr(p)]
     if not paths:
         raise NucleiError(f"no file, folder or pattern of files: {word}")
     return paths
@@ -42,6 +44,10 @@ def _expand(word: str) -> list[Path]:
 def is_image_name(path: Path) -> bool:
     """Whether a file in a folder counts as an image, judged by its name."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.suffix.lower() == ".zarr" and path.name[0] != "." and path.is_dir()
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:

@@ -17,7 +17,7 @@ from nuclei_d2.utils.errors import NucleiError
 
 
 def manifest(
-    model_file: str | os.PathLike,
+    model_file: str | os.PathLike | None,
     config: Any,
     settings: Mapping[str, Any],
     started: datetime,
@@ -26,7 +26,7 @@ def manifest(
     """Describe one run for ``manifest.json``.
 
     Args:
-        model_file: the weights.
+        model_file: the weights; None: the model has none.
         config: as a dict or its YAML text.
         settings: the command's arguments.
         started: time zone aware.
@@ -40,7 +40,7 @@ def manifest(
         NucleiError: the weights cannot be read.
     """
     return {
-        "model": {"file": str(model_file), "sha256": file_sha256(model_file)},
+        "model": _model(model_file),
         "config": config,
         "settings": dict(settings),
         "versions": versions(),
@@ -49,6 +49,12 @@ def manifest(
         "finished": _iso(finished) if finished else None,
         "seconds": (finished - started).total_seconds() if finished else None,
     }
+
+
+def _model(file: str | os.PathLike | None) -> dict[str, str | None]:
+    if file is None:
+        return {"file": None, "sha256": None}
+    return {"file": str(file), "sha256": file_sha256(file)}
 
 
 def file_sha256(path: str | os.PathLike) -> str:

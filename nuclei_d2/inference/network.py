@@ -1,9 +1,12 @@
 """Any model of this package on one tile: what it finds, in the coordinates of the full image."""
 
+from collections.abc import Iterable, Iterator, Mapping
+
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.transforms import Transform
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
@@ -13,6 +16,7 @@ from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.predictor import NucleiPredictor
 from nuclei_d2.inference.tiling import Grid, Tile
 from nuclei_d2.inference.tta import UPRIGHT, View
+from nuclei_d2.modeling.meta_arch import Classical
 from nuclei_d2.modeling.meta_arch.rcnn import postprocess
 from nuclei_d2.structures import BoxedMasks, LabelMasks
 
@@ -38,14 +42,39 @@ class TileNetwork:
         self.model = NucleiPredictor(cfg).model
         self.max_instances = cfg.TEST.DETECTIONS_PER_IMAGE
 
+    @property
+    def needs_survey(self) -> bool:
+        """Whether :meth:`survey` has to see all tiles of an image first."""
+        return isinstance(self.model, Classical) and self.model.threshold == "otsu"
+
+    def survey(self, tiles: Iterable[tuple[Tile, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What the model has to know about the whole image: for Otsu's threshold, its histogram.
+
+        Args:
+            tiles: all of them, with their pixels as for calling.
+
+        Returns:
+            ``inputs`` for calling.
+        """
+        counts = np.zeros(256, np.int64)
+        for tile, pixels in tiles:
+            counts += self.model.histogram(pixels.transpose(2, 0, 1), tile.owned)
+        return {"histogram": counts}
+
     @torch.no_grad()
     def __call__(
-        self, pixels: np.ndarray, grid: Grid, tile: Tile, view: View = UPRIGHT
+        self,
+        pixels: np.ndarray,
+        grid: Grid,
+        tile: Tile,
+        view: View = UPRIGHT,
+        inputs: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[Nuclei, bool]:
         """
         Args:
             pixels: (*tile.shape, 3) float32, 0..255, the upright tile as the network sees it.
             view: how it is turned for the network.
+            inputs: what :meth:`survey` returned.
 
         Returns:
             The nuclei, those cut by the tile's edge included, in the coordinates of the full
@@ -55,7 +84,7 @@ class TileNetwork:
         """
         transform = view.transform(*tile.shape)
         turned = np.ascontiguousarray(transform.apply_image(pixels).transpose(2, 0, 1))
-        inputs = {"image": torch.from_numpy(turned)}
+        inputs = {**(inputs or {}), "image": torch.from_numpy(turned)}
         if isinstance(self.model, GeneralizedRCNN):
             raw = self.model.inference([inputs], do_postprocess=False)[0].to("cpu")
             nuclei = _place_boxes(_upright(raw, view, tile), grid, tile)
@@ -90,7 +119,7 @@ def _place_boxes(raw: Instances, grid: Grid, tile: Tile) -> Nuclei:
     return Nuclei.from_masks(masks, placed.scores.numpy(), grid.size, measures)
 
 
-def _crops(maps: BoxedMasks):
+def _crops(maps: BoxedMasks) -> Iterator[tuple[int, int, np.ndarray]]:
     return (maps.crop(k) for k in range(len(maps)))
 
 
@@ -110,7 +139,7 @@ def _boundary_uncertainty(boxed: BoxedMask, boundary: tuple[int, int, np.ndarray
     return 1 - float(values[y : y + height, x : x + width][outermost].mean()) / 255
 
 
-def _place_labels(raw: Instances, upright, grid: Grid, tile: Tile) -> Nuclei:
+def _place_labels(raw: Instances, upright: Transform, grid: Grid, tile: Tile) -> Nuclei:
     """Sample a label image of the tile at the pixels of the full image that lie in the tile."""
     labels = upright.apply_segmentation(raw.pred_masks.labels[0].numpy())
     starts, places = [], []

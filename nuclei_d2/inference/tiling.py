@@ -8,6 +8,7 @@ it whole, so nothing is ever stitched together.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.sparse import csr_array
 from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import atomic_path
 
 # Tiles begin at multiples of the coarsest feature map's stride (p6), network pixels: the features
 # of a tile lie on the grid of the whole image's.
@@ -45,6 +47,12 @@ class Tile(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """(h, w), network pixels."""
         return tuple(span.stop - span.start for span in (self.rows, self.columns))
+
+    @property
+    def owned(self) -> tuple[slice, slice]:
+        """The owned part, as an index into the tile's pixels."""
+        spans = (self.rows, self.columns)
+        return tuple(slice(s.first - s.start, s.last - s.start) for s in spans)
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,7 @@ class TileResult(NamedTuple):
         cut: nuclei with their centre in the owned part that the tile's edge cuts.
         largest: longer side of the largest nucleus in the owned part, network pixels.
         capped: whether the model returned as many nuclei as it may.
+        peak: largest value of the tile's pixels as the network saw them, 0 to 255.
     """
 
     tile: Tile
@@ -191,6 +200,7 @@ class TileResult(NamedTuple):
     cut: int
     largest: float
     capped: bool
+    peak: float
 
 
 class Seams(NamedTuple):
@@ -200,11 +210,12 @@ class Seams(NamedTuple):
     agreed: int  # how often both found it, mask IoU >= 0.5
 
 
-def judge_tile(found: Nuclei, tile: Tile, grid: Grid, capped: bool) -> TileResult:
+def judge_tile(found: Nuclei, tile: Tile, grid: Grid, capped: bool, peak: float) -> TileResult:
     """Keep what the tile owns, with a margin, and leave out what its edges cut.
 
     Args:
         found: all nuclei of the tile, in the coordinates of the full image.
+        capped, peak: see :class:`TileResult`.
     """
     boxes = found.boxes * np.tile(grid.scale, 2)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -216,7 +227,43 @@ def judge_tile(found: Nuclei, tile: Tile, grid: Grid, capped: bool) -> TileResul
     owned = _inside(centres, tile, grid, 0)
     sides = (boxes[:, 2:] - boxes[:, :2])[owned].max(initial=0)
     kept = _inside(centres, tile, grid, grid.margin) & ~cut
-    return TileResult(tile, take(found, kept), int((owned & cut).sum()), float(sides), capped)
+    number = int((owned & cut).sum())
+    return TileResult(tile, take(found, kept), number, float(sides), capped, peak)
+
+
+def save_result(path: Path, result: TileResult) -> None:
+    """Write a result as NPZ, atomically."""
+    nuclei = result.nuclei
+    pixels = [boxed.mask.ravel() for boxed in nuclei.masks]
+    with atomic_path(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            pixels=np.packbits(np.concatenate([np.zeros(0, bool), *pixels])),
+            boxes=nuclei.boxes,
+            scores=nuclei.scores,
+            rest=np.array([result.cut, result.largest, result.capped, result.peak], float),
+            **{f"measure_{name}": values for name, values in nuclei.measures.items()},
+        )
+
+
+def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
+    """What :func:`save_result` wrote for ``tile``; None if there is no such file."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    boxes = arrays["boxes"]
+    shapes = boxes[:, 2:] - boxes[:, :2]
+    ends = shapes.prod(axis=1).cumsum()
+    pixels = np.unpackbits(arrays["pixels"], count=int(ends[-1]) if len(ends) else 0).view(bool)
+    masks = [
+        BoxedMask(flat.reshape(shape), int(box[0]), int(box[1]))
+        for flat, shape, box in zip(np.split(pixels, ends[:-1]), shapes, boxes, strict=False)
+    ]
+    measures = {k.removeprefix("measure_"): v for k, v in arrays.items() if k[:8] == "measure_"}
+    nuclei = Nuclei(masks, arrays["scores"], grid.size, measures)
+    cut, largest, capped, peak = arrays["rest"].tolist()
+    return TileResult(tile, nuclei, int(cut), largest, bool(capped), peak)
 
 
 def merge_tiles(results: Sequence[TileResult], grid: Grid) -> tuple[Nuclei, Seams]:

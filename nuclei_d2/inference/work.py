@@ -14,11 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from detectron2.utils import comm
+
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 
 HEARTBEAT = 10.0  # seconds between two touches of a claim
 LOST_AFTER = 180.0  # seconds without one after which the owner counts as lost
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 class SharedWork:
@@ -192,3 +195,15 @@ def _is_running(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def worker_place() -> tuple[int, int, int]:
+    """Rank, world size and rank on this machine, from ``torch.distributed`` or its environment.
+
+    Detectron2's ``launch`` makes a process group; torchrun and SLURM scripts set RANK, WORLD_SIZE
+    and LOCAL_RANK. Without any of them it is 0, 1, 0.
+    """
+    if comm.get_world_size() > 1:
+        return comm.get_rank(), comm.get_world_size(), comm.get_local_rank()
+    values = (os.environ.get(name, default) for name, default in _ENVIRONMENT.items())
+    return tuple(map(int, values))

@@ -12,9 +12,11 @@ from nuclei_d2.inference.tiling import (
     find_overlaps,
     judge_tile,
     keep_best,
+    load_result,
     make_grid,
     merge_tiles,
     resample_tile,
+    save_result,
     source_window,
 )
 from nuclei_d2.utils.errors import NucleiError
@@ -117,7 +119,7 @@ def test_a_nucleus_belongs_to_the_tile_that_owns_its_centre():
         (10, 418, 20, 20, 0.7),  # centre at 428: not any more
         (10, 838, 20, 20, 0.6),  # centre at 848: the first one outside the margin
     )
-    result = judge_tile(found, middle, GRID, capped=False)
+    result = judge_tile(found, middle, GRID, capped=False, peak=255)
     assert corners(result.nuclei) == [(10, 600), (10, 428)]
     assert result.cut == 0
     assert result.largest == 20
@@ -125,17 +127,17 @@ def test_a_nucleus_belongs_to_the_tile_that_owns_its_centre():
 
 def test_a_nucleus_that_the_tile_cuts_is_left_out_and_counted():
     found = squares(GRID.size, (10, 385, 20, 200, 0.9), (0, 384, 20, 200, 0.8))
-    result = judge_tile(found, GRID.tiles[1], GRID, capped=True)
+    result = judge_tile(found, GRID.tiles[1], GRID, capped=True, peak=255)
     assert len(result.nuclei) == 0
     assert result.cut == 2
     assert result.capped
     found = squares(GRID.size, (0, 0, 100, 300, 0.9))  # the image's own edges cut nothing
-    assert judge_tile(found, GRID.tiles[0], GRID, False).cut == 0
+    assert judge_tile(found, GRID.tiles[0], GRID, False, 255).cut == 0
 
 
 def results(*boxes_of_tiles, grid=GRID):
     return [
-        TileResult(tile, squares(grid.size, *boxes), 0, 0, False)
+        TileResult(tile, squares(grid.size, *boxes), 0, 0, False, 255)
         for tile, boxes in zip(grid.tiles, boxes_of_tiles, strict=True)
     ]
 
@@ -215,3 +217,26 @@ def test_what_goes_takes_nothing_with_it():
     pairs = np.array([[0, 1], [1, 2]])
     assert keep_best(pairs, np.array([0, 1, 2])).tolist() == [True, False, True]
     assert keep_best(pairs, np.array([1, 0, 2])).tolist() == [False, True, False]
+
+
+def test_a_result_survives_its_file(tmp_path):
+    rng = np.random.default_rng(0)
+    masks = [BoxedMask(rng.random((h, w)) < 0.5, 5, 7) for h, w in [(3, 5), (1, 1), (8, 2)]]
+    for boxed in masks:
+        boxed.mask[0, 0] = True
+    measures = {"agreement": np.array([0.5, 1.0, 0.75])}
+    nuclei = Nuclei.from_masks(masks, np.array([0.9, 0.8, 0.7]), GRID.size, measures)
+    for kept in (nuclei, squares(GRID.size)):
+        result = TileResult(GRID.tiles[1], kept, 3, 17.5, True, 200.5)
+        assert load_result(tmp_path / "a.npz", GRID.tiles[1], GRID) is None
+        save_result(tmp_path / "a.npz", result)
+        loaded = load_result(tmp_path / "a.npz", GRID.tiles[1], GRID)
+        assert loaded[2:] == result[2:]
+        np.testing.assert_array_equal(loaded.nuclei.scores, kept.scores)
+        np.testing.assert_array_equal(loaded.nuclei.boxes, kept.boxes)
+        for a, b in zip(loaded.nuclei.masks, kept.masks, strict=True):
+            np.testing.assert_array_equal(a.mask, b.mask)
+        assert {k: v.tolist() for k, v in loaded.nuclei.measures.items()} == {
+            k: v.tolist() for k, v in kept.measures.items()
+        }
+        (tmp_path / "a.npz").unlink()

@@ -101,3 +101,28 @@ def test_it_predicts_an_image_like_every_other_model():
     found = NucleiPredictor(config())(np.where(mask, 3000, 500).astype(np.float32)[..., None])
     assert len(found) == 3
     assert found.image_size == (60, 90)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_is_not_split_into_nuclei(seed):
+    """As bright as normalisation leaves it: at most 255 / INPUT.NOISE_FLOOR grey levels."""
+    noise = np.random.default_rng(seed).normal(0, 255 / 12, (3, 300, 300)).astype(np.float32)
+    image = np.clip(noise[:1] + 50, 0, 255).repeat(3, axis=0)
+    output = build_model(config())([{"image": torch.from_numpy(image)}])[0]
+    assert len(output["instances"]) == 0
+
+
+def test_tiles_with_the_histogram_of_the_image_have_its_threshold():
+    image, _ = disks((20, 20, 11), (42, 70, 9), inside=150.0)
+    image = (image + torch.linspace(0, 60, 90)).clamp(0, 255)
+    model = build_model(config())
+    maps = model._foreground(image.numpy(), None)
+    left, right = np.s_[:, :, :60], np.s_[:, :, 30:]  # the tiles own 45 columns each
+    histogram = model.histogram(image[left].numpy(), np.s_[:, :45])
+    histogram = histogram + model.histogram(image[right].numpy(), np.s_[:, 15:])
+    assert histogram.sum() == 60 * 90
+    tiled = [model._foreground(image[part].numpy(), histogram) for part in (left, right)]
+    np.testing.assert_array_equal(tiled[0][:, :, :50], maps[:, :, :50])
+    np.testing.assert_array_equal(tiled[1][:, :, 10:], maps[:, :, 40:])
+    alone = model._foreground(image[right].numpy(), None)
+    assert np.abs(alone[:, :, 10:] - maps[:, :, 40:]).max() > 0.01

@@ -1,0 +1,231 @@
+"""Predict many images into one output folder: resumable, and shared by any number of processes."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+from nuclei_d2.inference.inputs import unique_stems
+from nuclei_d2.inference.manifest import manifest
+from nuclei_d2.inference.nuclei import ImageInfo
+from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
+from nuclei_d2.inference.work import SharedWork
+from nuclei_d2.inference.writers import get_writer, write_outputs
+from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import jsonable, write_json
+
+# Where these differ, the results are the same. Of MODEL.WEIGHTS the content is compared.
+_FREE_KEYS = ("config.MODEL.DEVICE", "config.MODEL.WEIGHTS", "config.OUTPUT_DIR", "model.file")
+
+
+class Outcome(NamedTuple):
+    """What became of one image: ``content`` is its record, or says why there is none."""
+
+    path: Path
+    failed: bool
+    content: dict[str, Any]
+
+
+class FolderPrediction:
+    """All images of one call, and the folder that their results go to.
+
+    ``<name>_labels.tif`` and the other formats of an image lie directly in the folder;
+    ``records/<name>.json`` is written last, so that an image with a record is complete. Several
+    processes with the same images may work on one folder, see
+    :class:`~nuclei_d2.inference.work.SharedWork`.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        options: PredictionOptions,
+        images: Sequence[Path],
+        output: Path,
+        formats: Sequence[str],
+    ) -> None:
+        """Nothing is read or written yet.
+
+        Raises:
+            NucleiError: an unknown format; the images lie in the output folder.
+        """
+        self.cfg = cfg
+        self.options = options
+        self.output = output
+        self.formats = tuple(formats)
+        self.images = dict(zip(unique_stems(images), images, strict=True))
+        for name in self.formats:
+            get_writer(name)
+        if output.exists() and not output.is_dir():
+            raise NucleiError(f"--output {output} is a file; name a folder")
+        if any(path.parent.resolve() == output.resolve() for path in images):
+            raise NucleiError(f"--output {output} is where the images lie; name another folder")
+
+    @cached_property
+    def pipeline(self) -> NucleiPipeline:
+        """Loaded when it is first needed."""
+        return NucleiPipeline(self.cfg, self.options)
+
+    def prepare(self) -> None:
+        """Make the folder, and check that what is there belongs to the same call.
+
+        Raises:
+            NucleiError: the folder was made with other settings, or a record in it is of another
+                image of the same name; the model cannot be loaded; nothing can be written.
+        """
+        file = self.output / "manifest.json"
+        if file.exists():
+            self._compare(_read_json(file), jsonable(self._describe()))
+        else:
+            _ = self.pipeline  # a model that cannot be loaded leaves no folder
+            write_json(file, self._describe())
+        self.work = SharedWork(self.output)
+        for name in self.work.finished() & set(self.images):
+            file = _read_json(self.work.record_path(name))["file"]
+            if Path(file).parts[-2:] != self.images[name].parts[-2:]:
+                raise NucleiError(
+                    f"{self.work.record_path(name)} is of {file}, not of {self.images[name]}; "
+                    "name another --output"
+                )
+
+    def clear(self) -> None:
+        """Remove what earlier calls with this output folder have written."""
+        for file in (self.output / "records").glob("*.json"):
+            for name in _read_json(file)["outputs"]:
+                with suppress(FileNotFoundError):
+                    (self.output / name).unlink()
+        for folder in ("records", "failures", "claims", "work"):
+            shutil.rmtree(self.output / folder, ignore_errors=True)
+        for name in ("manifest.json", "summary.json"):
+            (self.output / name).unlink(missing_ok=True)
+
+    def count_finished(self) -> int:
+        """Images that are done or have failed, by whichever process."""
+        return len(self.work.finished() & set(self.images))
+
+    def run(self, first: int = 0) -> Iterator[Outcome]:
+        """Do what is missing, together with other processes; returns when all is done.
+
+        Args:
+            first: index of the image to begin with.
+
+        Yields:
+            The images that this process did, and those that failed.
+
+        Raises:
+            NucleiError: the model cannot be loaded, or nothing can be written.
+        """
+        for name in self.work.todo(list(self.images), first):
+            yield self._predict(name)
+
+    def _predict(self, name: str) -> Outcome:
+        path = self.images[name]
+        pipeline = self.pipeline
+        start = time.perf_counter()
+        try:
+            record = self._write(pipeline, name)
+        except Exception as error:  # whatever is wrong with one image, the others go on
+            content = {"file": str(path), "reason": _reason(path, error)}
+            self.work.fail(name, content)
+            return Outcome(path, True, content)
+        record["seconds"] = round(time.perf_counter() - start, 3)
+        self.work.record(name, record)
+        shutil.rmtree(self.output / "work" / name, ignore_errors=True)
+        return Outcome(path, False, record)
+
+    def _write(self, pipeline: NucleiPipeline, name: str) -> dict[str, Any]:
+        """Predict and write one image, whose claim this process holds; returns its record."""
+        folder = self.output / "work" / name
+        with pipeline.open(self.images[name]) as source:
+            nuclei, record = pipeline.find(source, folder)
+            pixel_size = pipeline.pixel_size_of(source)
+            info = ImageInfo(source.path.name, source.read, source.channels, pixel_size)
+            # Written aside: an interrupted writer leaves nothing among the results.
+            written = write_outputs(folder / "outputs", name, nuclei, info, self.formats)
+        for path in written:
+            path.replace(self.output / path.name)
+        return {**record, "outputs": [path.name for path in written]}
+
+    def summarize(self) -> dict[str, Any]:
+        """Read what became of all images, and write it to ``summary.json``.
+
+        Returns:
+            "images", "done", "failed", "nuclei" (counts), "failures" (list of "file" and
+            "reason") and "warnings" (list of "file" and "warnings").
+        """
+        records, failures = [], []
+        for name in self.images:
+            if self.work.record_path(name).exists():
+                records.append(_read_json(self.work.record_path(name)))
+            elif self.work.failure_path(name).exists():
+                failures.append(_read_json(self.work.failure_path(name)))
+        summary = {
+            "images": len(self.images),
+            "done": len(records),
+            "failed": len(failures),
+            "nuclei": sum(record["nuclei"] for record in records),
+            "failures": failures,
+            "warnings": [
+                {key: record[key] for key in ("file", "warnings")}
+                for record in records
+                if record["warnings"]
+            ],
+        }
+        write_json(self.output / "summary.json", summary)
+        return summary
+
+    def _describe(self) -> dict[str, Any]:
+        """The manifest: everything that the results depend on."""
+        weights = self.cfg.MODEL.WEIGHTS
+        local = PathManager.get_local_path(weights) if weights else None
+        settings = {**asdict(self.options), "formats": self.formats}
+        return manifest(
+            local, yaml.safe_load(self.cfg.dump()), settings, datetime.now(timezone.utc)
+        )
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        parts = ("model", "config", "settings")
+        old, new = (_flatten({part: content[part] for part in parts}) for content in (before, now))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key not in _FREE_KEYS:
+                raise NucleiError(
+                    f"{self.output} was begun with {key} = {old.get(key)!r}, now it is "
+                    f"{new.get(key)!r}; name another --output, or add --overwrite to do all again"
+                )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise NucleiError(f"cannot read {path} ({error}); remove it") from error
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """One line that names what to do, if anybody knows."""
+    if isinstance(error, NucleiError):
+        return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return f"{path}: out of memory; use a smaller --tile"
+    text = " ".join(str(error).split())
+    return f"{path}: {type(error).__name__}: {text}"

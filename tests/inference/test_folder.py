@@ -1,0 +1,172 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from tiny import CONFIGS, draw_nuclei
+
+from nuclei_d2.config import load_config
+from nuclei_d2.inference import FolderPrediction, PredictionOptions
+from nuclei_d2.utils.errors import NucleiError
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Four good images, two of them with one stem, and a broken one."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for k, name in enumerate(["a.png", "a.tif", "b.png", "c.png"]):
+        pixels, _ = draw_nuclei(np.random.default_rng(k), (64, 80), 6)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no image")
+    return sorted(folder.iterdir())
+
+
+def prediction(images, tmp_path, formats=("labels", "csv"), opts=(), **options):
+    cfg = load_config(str(CONFIGS / "classical.yaml"), ["MODEL.DEVICE", "cpu", *opts])
+    return FolderPrediction(cfg, PredictionOptions(**options), images, tmp_path / "out", formats)
+
+
+def run(folder):
+    folder.prepare()
+    return list(folder.run())
+
+
+def test_every_image_gets_its_results_and_the_broken_one_a_reason(images, tmp_path):
+    folder = prediction(images, tmp_path)
+    outcomes = run(folder)
+    assert [outcome.path.name for outcome in outcomes if outcome.failed] == ["broken.png"]
+    out = tmp_path / "out"
+    names = {"a", "a_2", "b", "c"}
+    assert {p.name for p in out.glob("*_labels.tif")} == {f"{n}_labels.tif" for n in names}
+    assert {p.name for p in out.glob("*.csv")} == {f"{n}.csv" for n in names}
+    assert {p.stem for p in (out / "records").iterdir()} == names
+    for name in names:
+        record = json.loads((out / "records" / f"{name}.json").read_text())
+        labels = tifffile.imread(out / f"{name}_labels.tif")
+        assert record["nuclei"] == labels.max() > 0
+        assert record["outputs"] == [f"{name}_labels.tif", f"{name}.csv"]
+        assert len((out / f"{name}.csv").read_text().splitlines()) == record["nuclei"] + 1
+    summary = folder.summarize()
+    assert (summary["images"], summary["done"], summary["failed"]) == (5, 4, 1)
+    (failure,) = summary["failures"]
+    assert "not a PNG" in failure["reason"]
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert list((out / "claims").iterdir()) == []
+    assert not (out / "work" / "a").exists()
+    assert not [p for p in out.rglob("*") if "tmp" in p.name]
+
+
+def test_a_second_call_does_what_is_missing(images, tmp_path):
+    run(prediction(images, tmp_path))
+    (tmp_path / "out" / "records" / "b.json").unlink()
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(images[-2])  # c.png, done already
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "in" / "broken.png")
+    outcomes = run(prediction(images, tmp_path))
+    assert [outcome.path.name for outcome in outcomes] == ["b.png", "broken.png"]
+    assert not any(outcome.failed for outcome in outcomes)
+    assert prediction(images, tmp_path).output.joinpath("failures").exists()
+    assert list((tmp_path / "out" / "failures").iterdir()) == []
+    assert run(prediction(images, tmp_path)) == []
+
+
+def test_a_writer_that_is_interrupted_leaves_nothing_among_the_results(
+    images, tmp_path, monkeypatch
+):
+    from nuclei_d2.inference import folder as module
+
+    def write_half(folder, stem, nuclei, image, formats):
+        (folder / f"{stem}_labels.tif").parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}_labels.tif").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_outputs", write_half)
+        with pytest.raises(KeyboardInterrupt):
+            run(prediction(images, tmp_path))
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir() if p.is_file()} == {"manifest.json"}
+    assert list((out / "claims").iterdir()) == []
+    assert len(run(prediction(images, tmp_path))) == 5
+    assert tifffile.imread(out / "a_labels.tif").shape == (64, 80)
+    assert not (out / "work" / "a").exists()
+
+
+def test_whatever_goes_wrong_with_one_image_the_others_go_on(images, tmp_path, monkeypatch):
+    folder = prediction(images[:3], tmp_path)
+    folder.prepare()
+    find = type(folder.pipeline).find
+
+    def fail(pipeline, source, tiles):
+        if source.path.name == "a.png":
+            raise MemoryError
+        if source.path.name == "a.tif":
+            raise RuntimeError("first line\nsecond line")
+        return find(pipeline, source, tiles)
+
+    monkeypatch.setattr(type(folder.pipeline), "find", fail)
+    reasons = {o.path.name: o.content.get("reason") for o in folder.run()}
+    assert "smaller --tile" in reasons["a.png"]
+    assert reasons["a.tif"].endswith("a.tif: RuntimeError: first line second line")
+    assert reasons["b.png"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tta": True}, r"settings\.tta = False, now it is True"),
+        ({"formats": ("labels",)}, r"settings\.formats"),
+        ({"opts": ("MODEL.CLASSICAL.SIGMA", "2")}, r"config\.MODEL\.CLASSICAL\.SIGMA = 1.0"),
+    ],
+)
+def test_other_settings_are_refused(images, tmp_path, changes, message):
+    run(prediction(images[:1], tmp_path))
+    with pytest.raises(NucleiError, match=message) as error:
+        prediction(images, tmp_path, **changes).prepare()
+    assert "--overwrite" in str(error.value)
+    prediction(images, tmp_path, opts=("OUTPUT_DIR", "elsewhere")).prepare()
+
+
+def test_overwrite_removes_what_was_written_and_nothing_else(images, tmp_path):
+    run(prediction(images, tmp_path))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    folder = prediction(images[:1], tmp_path, formats=("labels",), tta=True)
+    folder.clear()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"notes.txt"}
+    assert len(run(folder)) == 1
+
+
+def test_another_image_of_the_same_name_is_no_repetition(images, tmp_path):
+    run(prediction(images[:1], tmp_path))
+    other = tmp_path / "elsewhere" / "a.png"
+    other.parent.mkdir()
+    other.write_bytes(images[0].read_bytes())
+    with pytest.raises(NucleiError, match="name another --output"):
+        prediction([other], tmp_path).prepare()
+    moved = Path("/mnt/other/drive") / "in" / "a.png"  # the same folder, mounted elsewhere
+    prediction([moved], tmp_path).prepare()
+
+
+def test_a_folder_that_cannot_be_the_output(images, tmp_path):
+    with pytest.raises(NucleiError, match="where the images lie"):
+        FolderPrediction(None, None, images, tmp_path / "in", ["labels"])
+    with pytest.raises(NucleiError, match="is a file"):
+        FolderPrediction(None, None, images, images[0], ["labels"])
+    with pytest.raises(NucleiError, match="no output format 'label'"):
+        FolderPrediction(None, None, images, tmp_path / "out", ["label"])
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_folder(images, tmp_path):
+    cfg = load_config(str(CONFIGS / "unet.yaml"), ["MODEL.DEVICE", "cpu"])
+    with pytest.raises(NucleiError, match="WEIGHTS"):
+        FolderPrediction(cfg, PredictionOptions(), images, tmp_path / "out", ["labels"]).prepare()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pixel_size_that_is_given_goes_to_the_table(images, tmp_path):
+    opts = ("INPUT.PIXEL_SIZE", "0.5")
+    run(prediction(images[:1], tmp_path, opts=opts, pixel_size=0.5))
+    header = (tmp_path / "out" / "a.csv").read_text().splitlines()[0]
+    assert "area_um2" in header.split(",")
