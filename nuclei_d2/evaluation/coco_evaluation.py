@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
@@ -121,6 +121,22 @@ def _mean_percent(values: np.ndarray) -> float:
     return float(values.mean() * 100) if values.size else float("nan")
 
 
+def instances_to_results(instances: Instances, image_id: int | str) -> list[dict]:
+    """COCO results (boxes XYWH, masks RLE) of one image, at the cost of the masks' pixels.
+
+    Args:
+        instances: predictions on the CPU; pred_masks in any of the forms of :func:`split_masks`.
+    """
+    rles = [mask_to_rle(m, instances.image_size) for m in split_masks(instances.pred_masks)]
+    # Detectron2 would encode whole frames.
+    others = {k: v for k, v in instances.get_fields().items() if k != "pred_masks"}
+    results = instances_to_coco_json(Instances(instances.image_size, **others), image_id)
+    return [
+        {**result, "category_id": _CATEGORY_ID, "segmentation": rle}
+        for result, rle in zip(results, rles, strict=True)
+    ]
+
+
 class NucleiCOCOEvaluator(DatasetEvaluator):
     """Box and mask AP of one registered data set, with the model's own instance cap.
 
@@ -153,14 +169,7 @@ class NucleiCOCOEvaluator(DatasetEvaluator):
         for record, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
             _check_size(record, instances.image_size)
-            masks = split_masks(instances.pred_masks)
-            rles = [mask_to_rle(mask, instances.image_size) for mask in masks]
-            instances.remove("pred_masks")  # Detectron2 encodes at the cost of the whole frame
-            results = instances_to_coco_json(instances, record["image_id"])
-            for result, rle in zip(results, rles, strict=True):
-                self._predictions.append(
-                    {**result, "category_id": _CATEGORY_ID, "segmentation": rle}
-                )
+            self._predictions += instances_to_results(instances, record["image_id"])
 
     def evaluate(self) -> OrderedDict | None:
         """``{"bbox": {...}, "segm": {...}}`` as :func:`coco_ap`; None but on the main process."""
