@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, default_setup, hooks
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -24,6 +28,7 @@ from nuclei_d2.config import check_device, load_config
 from nuclei_d2.data.augmentation import CenterCrop, build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
+from nuclei_d2.data.datasets.statistics import median_diameter
 from nuclei_d2.doctor import bfloat16_support
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.checks import data_warnings
@@ -52,9 +57,13 @@ def setup(args) -> CfgNode:
         args: what ``detectron2.engine.default_argument_parser()`` parsed.
 
     Returns:
-        The frozen config, written to ``OUTPUT_DIR/config.yaml`` as well.
+        The frozen config, written to ``OUTPUT_DIR/config.yaml`` as well. For training it says how
+        large the nuclei are that the model learns from, as prediction needs to know.
     """
     cfg = checked_config(args)
+    if not args.eval_only:
+        records = (record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name))
+        cfg.INPUT.NUCLEUS_DIAMETER = round(median_diameter(records), 2)
     cfg.freeze()
     default_setup(cfg, args)
     _setup_log(cfg)

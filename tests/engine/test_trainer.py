@@ -2,11 +2,15 @@ import argparse
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
+from pycocotools import mask as mask_util
 from tiny import CONFIGS, TINY_DATA_OPTS, TINY_OPTS, in_two_processes, write_split
 
+from nuclei_d2.config import load_config
 from nuclei_d2.engine.trainer import (
     NucleiTrainer,
     build_checkpointer,
@@ -61,6 +65,18 @@ def test_a_run_leaves_checkpoints_metrics_and_results(tiny_data, tmp_path):
     assert {"images_per_second", "host_memory_mb"} <= keys
     for name in ("model_0000003.pth", "model_final.pth", "model_best.pth", "config.yaml"):
         assert (out / name).is_file(), name
+
+
+def test_training_writes_down_how_large_its_nuclei_are(tiny_data, tmp_path):
+    tiny_setup(tmp_path, "INPUT.NUCLEUS_DIAMETER", "99")
+    areas = [
+        mask_util.decode(annotation["segmentation"]).sum()
+        for record in DatasetCatalog.get("tiny_train")
+        for annotation in record["annotations"]
+    ]
+    cfg = load_config(str(tmp_path / "out" / "config.yaml"))
+    expected = 2 * np.sqrt(np.median(areas) / np.pi)
+    assert pytest.approx(expected, abs=0.01) == cfg.INPUT.NUCLEUS_DIAMETER
 
 
 def test_the_last_two_checkpoints_are_kept(tiny_data, tmp_path):

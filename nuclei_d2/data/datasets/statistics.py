@@ -6,7 +6,7 @@ image's files for them.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def measure_record(record: dict[str, Any], normalizer: ImageNormalizer) -> Image
     return measure_image(image, labels, areas, boxes, normalizer, modality)
 
 
-def median_diameter(records: Sequence[dict[str, Any]]) -> float:
+def median_diameter(records: Iterable[dict[str, Any]]) -> float:
     """Median over all nuclei of the diameter of the circle of the same area, pixels of the files.
 
     Args:
