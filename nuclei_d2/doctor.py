@@ -18,7 +18,7 @@ from nuclei_d2 import __version__
 MODULES = (
     "torch torchvision detectron2 numpy scipy cv2 skimage tifffile imagecodecs PIL pycocotools "
     "faster_coco_eval fvcore iopath omegaconf hydra yacs yaml cloudpickle tabulate termcolor "
-    "tensorboard matplotlib tqdm packaging"
+    "tensorboard matplotlib tqdm packaging jinja2 roifile zarr"
 )
 _REMEDY = """\
 What to do: `make install` in the folder of nuclei_d2 installs everything into .venv. In your own
