@@ -30,7 +30,7 @@ FORMATS = {
     "labels": Writer(write_labels, "_labels.tif"),
     "coco": Writer(write_coco, ".coco.json"),
     "geojson": Writer(write_geojson, ".geojson"),
-    "rois": Writer(write_rois, "_rois.zip"),
+    "imagej": Writer(write_rois, "_rois.zip"),
     "csv": Writer(write_table, ".csv"),
     "overlay": Writer(write_picture, "_overlay.png"),
 }

@@ -17,7 +17,7 @@ from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.writers import FORMATS, get_writer, write_outputs
 from nuclei_d2.utils.errors import NucleiError
 
-SIDECARS = ["labels", "coco", "geojson", "rois", "csv"]
+SIDECARS = ["labels", "coco", "geojson", "imagej", "csv"]
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -73,7 +73,7 @@ def test_every_format_gets_its_own_file(tmp_path, draw_nuclei):
 
 
 def test_an_unknown_format(tmp_path, no_nuclei, blank):
-    message = "no output format 'tiff'; choose from labels, coco, geojson, rois, csv, overlay"
+    message = "no output format 'tiff'; choose from labels, coco, geojson, imagej, csv, overlay"
     with pytest.raises(NucleiError, match=message):
         get_writer("tiff")
     with pytest.raises(NucleiError, match=message):
