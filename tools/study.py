@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from nuclei_d2.study.datasets import prepare_datasets
 from nuclei_d2.study.plan import Run, Study, load_study
+from nuclei_d2.study.report import write_report
 from nuclei_d2.study.runner import Commands, Runner
 from nuclei_d2.utils.errors import NucleiError, run_tool
 
@@ -61,6 +62,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         prepare_datasets(study.prepare)
         failed = runner.run_all(runs)
+    written = write_report(study, args.study)
+    print(f"report: {study.report_file}, and {len(written) - 1} files that belong to it")
     if failed:
         print(f"failed: {', '.join(run.key for run in failed)}", file=sys.stderr)
         sys.exit(1)

@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from nuclei_d2.config import load_config
+from nuclei_d2.study.statistics import METRICS
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -50,6 +51,17 @@ class Other:
     predictions: tuple[str, ...]  # one for each seed: anything that tools/evaluate.py takes
     title: str = ""
     minutes: float | None = None  # of training, as told
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A question of the study: what ``first`` reaches, minus what ``second`` reaches."""
+
+    name: str
+    ask: str  # the question, as the report puts it
+    first: str  # models or other programs
+    second: str
+    metric: str = "boundary_ap"  # that answers it: a key of nuclei_d2.study.statistics.METRICS
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,8 @@ class Study:
     budget: float | None = None  # minutes of training of every model; None: as configured
     validations: int | None = None  # evaluations on VAL during a training; None: as configured
     options: dict[str, Any] = field(default_factory=dict)  # of every run
-    comparisons: tuple[tuple[str, str], ...] = ()  # each asks: first minus second
+    # The first one is the question of the study.
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
     others: dict[str, Other] = field(default_factory=dict)
     prepare: tuple[dict[str, Any], ...] = ()  # see nuclei_d2.study.datasets
 
@@ -167,6 +180,15 @@ def config_hash(cfg: CfgNode) -> str:
 # ------------------------------------------------------------------------------ reading
 
 
+# Parts of the file that map names to settings, and the settings without a default.
+_PARTS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "models": (Model, ("config",)),
+    "tasks": (Task, ("train", "val", "test")),
+    "others": (Other, ("task", "predictions")),
+    "comparisons": (Comparison, ("ask", "first", "second")),
+}
+
+
 def load_study(path: str | Path, **overrides: Any) -> Study:
     """Read a study file, safely: it is untrusted input.
 
@@ -182,12 +204,10 @@ def load_study(path: str | Path, **overrides: Any) -> Study:
     fields = {**Study.__dataclass_fields__, "datasets": None}
     del fields["tasks"]
     _check_keys(path, "", content, fields, ("name", "models", "datasets"))
+    content["tasks"] = content.pop("datasets")
     named = {
-        "models": _named(path, "models", content["models"], Model, ("config",)),
-        "tasks": _named(path, "datasets", content.pop("datasets"), Task, ("train", "val", "test")),
-        "others": _named(
-            path, "others", content.get("others") or {}, Other, ("task", "predictions")
-        ),
+        key: _named(path, "datasets" if key == "tasks" else key, content.get(key) or {}, *kind)
+        for key, kind in _PARTS.items()
     }
     try:
         study = Study(**{**content, **named, **_shapes(content)})
@@ -245,7 +265,7 @@ def _named(path, part: str, entries: Any, kind: type, required: Sequence[str]) -
 def _shapes(content: Mapping[str, Any]) -> dict[str, Any]:
     """Lists as tuples, and a single name for a list of one."""
     shapes = {}
-    for key in ("train", "test", "models", "seeds", "predictions", "prepare", "comparisons"):
+    for key in ("train", "test", "models", "seeds", "predictions", "prepare"):
         if key in content and not isinstance(content[key], dict):
             value = content[key]
             value = value if isinstance(value, list) else [value]
@@ -259,14 +279,17 @@ def _check_names(path, study: Study) -> None:
             raise NucleiError(f"{path}: models.{model.name}: no config {model.config}")
     programs = (*study.models, *study.others)
     uses = [(f"datasets.{t.name}.models", t.models, study.models) for t in study.tasks.values()]
-    uses += [("comparisons", pair, programs) for pair in study.comparisons]
+    uses += [
+        (f"comparisons.{c.name}", (c.first, c.second), programs) for c in study.comparisons.values()
+    ]
+    uses += [
+        (f"comparisons.{c.name}.metric", (c.metric,), METRICS) for c in study.comparisons.values()
+    ]
     uses += [(f"others.{o.name}.task", (o.task,), study.tasks) for o in study.others.values()]
     for place, names, known in uses:
         for name in names:
             if name not in known:
                 raise NucleiError(f"{path}: {place}: no {name!r}; there are {', '.join(known)}")
-    if any(len(pair) != 2 for pair in study.comparisons):
-        raise NucleiError(f"{path}: comparisons: each is a list of two models")
     if study.budget is not None and not study.budget > 0:
         raise NucleiError(f"{path}: budget is {study.budget}; it is minutes, above 0")
     seeds = [seed for part in (study, *study.tasks.values()) for seed in part.seeds]

@@ -51,11 +51,12 @@ def schedule_options(
         factor = iterations / cfg.SOLVER.MAX_ITER
         options = {
             "SOLVER.MAX_ITER": iterations,
-            "SOLVER.STEPS": tuple(round(factor * step) for step in cfg.SOLVER.STEPS),
             "SOLVER.WARMUP_ITERS": round(factor * cfg.SOLVER.WARMUP_ITERS),
             "SOLVER.CHECKPOINT_PERIOD": math.ceil(factor * cfg.SOLVER.CHECKPOINT_PERIOD),
             "TEST.EVAL_PERIOD": math.ceil(factor * cfg.TEST.EVAL_PERIOD),
         }
+        if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+            options["SOLVER.STEPS"] = tuple(round(factor * step) for step in cfg.SOLVER.STEPS)
     if validations is not None:
         options["TEST.EVAL_PERIOD"] = math.ceil(iterations / validations) if validations else 0
     return option_words(options)

@@ -68,8 +68,11 @@ def test_the_fingerprint_of_a_config_is_that_of_its_settings(study_file):
         ({"models": {"m": {"config": "no.yaml"}}}, "models.m: no config no.yaml"),
         ({"models": ["m"]}, "models: give a mapping of names"),
         ({"models": {"../m": {"config": "x"}}}, "letters, digits"),
-        ({"comparisons": [["unet", "stardist"]]}, "no 'stardist'; there are classical, unet"),
-        ({"comparisons": [["unet"]]}, "each is a list of two"),
+        (
+            {"comparisons": {"q": {"ask": "?", "first": "unet", "second": "stardist"}}},
+            "comparisons.q: no 'stardist'; there are classical, unet",
+        ),
+        ({"comparisons": {"q": {"ask": "?", "first": "unet"}}}, "comparisons.q: second is missing"),
         ({"budget": 0}, "budget is 0"),
         ({"seeds": []}, "seeds are integers"),
         ({"seeds": ["x"]}, "seeds are integers"),

@@ -11,6 +11,7 @@ from nuclei_d2.utils.errors import NucleiError
 
 OPTIONS = (
     *("SOLVER.MAX_ITER", "2000", "SOLVER.WARMUP_ITERS", "200", "SOLVER.STEPS", "(1000, 1500)"),
+    *("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"),
     *("SOLVER.CHECKPOINT_PERIOD", "250", "TEST.EVAL_PERIOD", "1000"),
 )
 

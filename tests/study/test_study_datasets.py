@@ -35,7 +35,7 @@ def test_crowding_is_a_set_of_its_own_for_every_step(tmp_path, monkeypatch):
     assert len(read_coco_json(last)["images"]) == 1
 
 
-@pytest.mark.parametrize(("by", "edge"), [("diameter", 11.0), ("contrast", 130.0)])
+@pytest.mark.parametrize(("by", "edge"), [("diameter", 9.0), ("contrast", 130.0)])
 def test_subsets_share_the_images_out(tiny_data, by, edge):
     entry = {"subsets_of": "tiny", "by": by, "edge": edge, "names": ["low", "high"]}
     prepare_datasets([entry])

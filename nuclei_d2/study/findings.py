@@ -1,0 +1,161 @@
+"""A study's results, arranged for its report: who was measured on what, and every number of it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from nuclei_d2.study.collect import RunResult
+from nuclei_d2.study.measure import Measured
+from nuclei_d2.study.plan import Comparison, Study, Task
+from nuclei_d2.study.statistics import (
+    METRICS,
+    TOUCHING_EDGES,
+    Estimate,
+    Sample,
+    Scores,
+    difference,
+    estimate,
+    part_of,
+    touching_bins,
+)
+
+Compute = Callable[[Scores], np.ndarray]
+UNKNOWN = Estimate(np.nan, np.nan, np.nan, ())
+
+
+class Findings:
+    """What the collected runs of a study say. What was not measured is unknown, never zero."""
+
+    def __init__(self, study: Study, results: Sequence[RunResult]):
+        self.study = study
+        self.results = list(results)
+        self._samples: dict[tuple[str, str, str], Sample | None] = {}
+
+    @property
+    def main(self) -> Task:
+        """The first task: the study's question is answered on its first test set."""
+        return next(iter(self.study.tasks.values()))
+
+    def runs(self, task: str, model: str) -> list[RunResult]:
+        """By seed."""
+        return [run for run in self.results if (run.task, run.model) == (task, model)]
+
+    def models(self, task: Task) -> list[str]:
+        """Models and other programs with results, in the order of the study file."""
+        names = (*self.study.models, *self.study.others)
+        return [name for name in names if self.runs(task.name, name)]
+
+    def measured(self, task: Task, test: str, model: str) -> dict[int, Measured]:
+        """By seed."""
+        runs = self.runs(task.name, model)
+        return {run.seed: run.tests[test] for run in runs if test in run.tests}
+
+    def sample(self, task: Task, test: str, model: str) -> Sample | None:
+        """All seeds of a model on a test set; None if there are none."""
+        key = task.name, test, model
+        if key not in self._samples:  # bootstrapping AP takes seconds
+            measured = self.measured(task, test, model)
+            self._samples[key] = Sample.of(measured) if measured else None
+        return self._samples[key]
+
+    def estimate(self, task: Task, test: str, model: str, metric: str) -> Estimate:
+        """One of :data:`METRICS`; unknown where there is no result."""
+        sample = self.sample(task, test, model)
+        return estimate(sample, METRICS[metric].compute) if sample else UNKNOWN
+
+    def change(self, comparison: Comparison, metric: str) -> Estimate:
+        """First minus second on the first test set of the main task; unknown without both."""
+        return self.change_by(comparison, METRICS[metric].compute)
+
+    def change_by(self, comparison: Comparison, compute: Compute) -> Estimate:
+        """As :meth:`change`, for any function of a run's scores."""
+        test = self.main.test[0]
+        pair = [self.sample(self.main, test, n) for n in (comparison.first, comparison.second)]
+        return difference(*pair, compute) if all(pair) else UNKNOWN
+
+    def seeds(self, task: Task, model: str) -> int:
+        """How many runs there are."""
+        return len(self.runs(task.name, model))
+
+    def cost(self, task: Task, model: str, *place: str) -> float | None:
+        """Mean over the seeds of a number of ``run.json``; None where none has it."""
+        values = [run.cost(*place) for run in self.runs(task.name, model)]
+        known = [value for value in values if isinstance(value, (int, float))]
+        return float(np.mean(known)) if known else None
+
+    def seconds_per_megapixel(self, task: Task, model: str) -> float | None:
+        """Network and post-processing of the first test set."""
+        speed = self.cost(task, model, "evaluation", task.test[0], "megapixels_per_second")
+        return 1 / speed if speed else None
+
+    def training_minutes(self, task: Task, model: str) -> float | None:
+        """Without validation."""
+        seconds = self.cost(task, model, "training", "seconds")
+        return None if seconds is None else seconds / 60
+
+    def best(self, task: Task, models: Sequence[str], metric: str = "accuracy") -> str | None:
+        """The model with the highest value on the task's first test set."""
+        values = {name: self.estimate(task, task.test[0], name, metric) for name in models}
+        known = {name: found.value for name, found in values.items() if found.is_known}
+        return max(known, key=known.__getitem__) if known else None
+
+    def images(self, task: Task, test: str) -> Measured | None:
+        """Any run's results of a test set, for what they say about the set itself."""
+        for run in self.results:
+            if run.task == task.name and test in run.tests:
+                return run.tests[test]
+        return None
+
+    def by_touching(self, task: Task, model: str, metric: str) -> list[Estimate]:
+        """A metric in images with few, some and many touching nuclei."""
+        samples = self._touching_samples(task, model)
+        return [estimate(s, METRICS[metric].compute) if s else UNKNOWN for s in samples]
+
+    def _touching_samples(self, task: Task, model: str) -> list[Sample | None]:
+        measured = self.measured(task, task.test[0], model)
+        samples = []
+        for k in range(len(TOUCHING_EDGES) - 1):
+            key = task.name, f"{task.test[0]}, touching {k}", model
+            if key not in self._samples:
+                parts = {seed: part_of(m, touching_bins(m)[k]) for seed, m in measured.items()}
+                filled = parts and all(part.images for part in parts.values())
+                self._samples[key] = Sample.of(parts) if filled else None
+            samples.append(self._samples[key])
+        return samples
+
+    def by_size(self, task: Task, model: str) -> list[Estimate]:
+        """Recall at IoU 0.5 by ``SIZE_NAMES``."""
+        sample = self.sample(task, task.test[0], model)
+        if sample is None:
+            return []
+        sizes = range(4)
+        return [estimate(sample, lambda s, k=k: s.recall_by_size()[:, k]) for k in sizes]
+
+    def curve(self, task: Task, model: str, metric: str = "segm/AP") -> list[tuple[float, float]]:
+        """(minutes of training, a number on VAL), mean over seeds, in order."""
+        curves = [run.info.get("curve") or [] for run in self.runs(task.name, model)]
+        curves = [[row for row in curve if row.get(metric) is not None] for curve in curves]
+        points = zip(*(curve for curve in curves if curve), strict=False)
+        return [
+            (
+                float(np.mean([r["seconds"] for r in rows])) / 60,
+                float(np.mean([r[metric] for r in rows])),
+            )
+            for rows in points
+        ]
+
+
+def touching_share(measured: Measured) -> float:
+    """Share of the nuclei of a test set that touch another one."""
+    nuclei = sum(image.n_gt for image in measured.images)
+    return float(measured.touching.sum() / nuclei) if nuclei else float("nan")
+
+
+def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the (cost, accuracy) points that no other point beats in both, by cost."""
+    front, best = [], -np.inf
+    for name, (_, accuracy) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if accuracy > best:
+            front.append(name)
+            best = accuracy
+    return front

@@ -1,0 +1,274 @@
+"""The study as a short paper for a biologist: ``paper.md``, filled from the findings."""
+
+import os
+import re
+from pathlib import Path
+from string import Template
+
+from nuclei_d2.study.findings import Findings, touching_share
+from nuclei_d2.study.plan import Task
+from nuclei_d2.study.rebuild import rebuild_command
+from nuclei_d2.study.schedule import CALIBRATION_ITERATIONS
+from nuclei_d2.study.statistics import METRICS, difference
+from nuclei_d2.study.tables import markdown, number, seed_range, with_interval
+from nuclei_d2.study.words import answer, change_line, cost_sentence, listed, verdict
+
+_FOLLOWING = ("accuracy", "ap", "merges", "splits")  # metrics told after the answer
+_METRICS_PAGE = Path("docs/metrics.md")
+
+
+def render_paper(findings: Findings, study_file: str, page: Path, tables: Path) -> str:
+    """The whole page, as Markdown.
+
+    Args:
+        findings: of the study.
+        study_file: as the user gave it, for the command that makes this page.
+        page: where it will lie; links start there. Its figures are in the folder of its name.
+        tables: folder of the CSV files.
+    """
+    study, task = findings.study, findings.main
+    comparison = next(iter(study.comparisons.values()), None)
+    ladder = any(t.ladder and findings.models(t) for t in study.tasks.values())
+    template = Template((Path(__file__).parent / "paper.md").read_text(encoding="utf-8"))
+    text = template.substitute(
+        question=comparison.ask if comparison else study.title or study.name,
+        about=_about(findings),
+        results=study.results_dir.as_posix(),
+        command=f"python tools/study.py {study_file} --report-only",
+        answer=_answer(findings),
+        figures=page.stem,
+        table=_table(findings),
+        tables=_link(page, tables),
+        ladder="Right: accuracy on generated images, more and more crowded." if ladder else "",
+        elsewhere=_elsewhere(findings),
+        models=_models(findings),
+        train=listed([f"`{name}`" for name in task.train]),
+        val=task.val,
+        test=task.test[0],
+        training=_training(findings),
+        metrics=_link(page, _METRICS_PAGE),
+        hardware=_hardware(findings),
+        seeds=_count(len(task.seeds or study.seeds), "training").capitalize(),
+        equal_time=_equal_time(findings),
+        rebuild=_rebuild(findings),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _link(page: Path, target: Path) -> str:
+    return Path(os.path.relpath(target, page.parent)).as_posix()
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'s' if n != 1 else ''}"
+
+
+def _about(findings: Findings) -> str:
+    study = findings.study
+    planned = len(study.runs()) + sum(len(o.predictions) for o in study.others.values())
+    done = len(findings.results)
+    unfinished = f" **So far {done} of {planned} runs are done.**" if done < planned else ""
+    return f"{study.title or study.name}.{unfinished}"
+
+
+# --------------------------------------------------------------------------------- answer
+
+
+def _answer(findings: Findings) -> str:
+    comparisons = list(findings.study.comparisons.values())
+    parts = [_test_images(findings)]
+    if comparisons:
+        parts += [answer(findings, comparisons[0]), _following(findings)]
+        parts += [f"**{c.ask}** {answer(findings, c)}" for c in comparisons[1:]]
+        cost = cost_sentence(findings, comparisons[0])
+        parts.append(f"**What does it cost?** {cost}" if cost else "")
+    parts.append(_best(findings))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _test_images(findings: Findings) -> str:
+    task = findings.main
+    measured = findings.images(task, task.test[0])
+    if measured is None:
+        return ""
+    nuclei = sum(image.n_gt for image in measured.images)
+    return (
+        f"Tested on {task.title or task.name}: {_count(len(measured.images), 'image')} that no "
+        f"model was trained on, with {nuclei:,} nuclei, "
+        f"{number(100 * touching_share(measured), 0)} % of which touch another one."
+    )
+
+
+def _following(findings: Findings) -> str:
+    """The other numbers of the first comparison."""
+    comparison = next(iter(findings.study.comparisons.values()))
+    lines = [change_line(findings, comparison, metric) for metric in _FOLLOWING]
+    told = [f"- {line}" for line in lines if line]
+    if not told:
+        return ""
+    title, other = map(findings.study.model_title, (comparison.first, comparison.second))
+    return "\n".join([f"{title} minus {other}, with 95 % intervals:", "", *told])
+
+
+def _best(findings: Findings) -> str:
+    task = findings.main
+    names = findings.models(task)
+    best = findings.best(task, names)
+    second = findings.best(task, [name for name in names if name != best])
+    if best is None or second is None:
+        return ""
+    metric = METRICS["accuracy"]
+    found = findings.estimate(task, task.test[0], best, "accuracy")
+    samples = [findings.sample(task, task.test[0], name) for name in (best, second)]
+    lead = difference(*samples, metric.compute)
+    phrase = {
+        "better": "the interval and every seed confirm it",
+        "one seed": "one seed, no claim",
+    }.get(verdict(lead), "which may be chance")
+    title, other = map(findings.study.model_title, (best, second))
+    return (
+        f"**Which is best?** {title}, with {with_interval(found, 3)} in {metric.title}. "
+        f"The next one, {other}, is {with_interval(lead, 3)} behind: {phrase}."
+    )
+
+
+# --------------------------------------------------------------------------------- tables
+
+
+def _table(findings: Findings) -> str:
+    header = ["", "seeds", "boundary AP, %", "its seeds", "mask AP, %"]
+    header += ["TP / (TP + FP + FN)", "its seeds", "at IoU 0.5", "at 0.75", "merges", "splits"]
+    header += ["s per megapixel", "million parameters"]
+    task = findings.main
+    return markdown(header, [_row(findings, task, model) for model in findings.models(task)])
+
+
+def _row(findings: Findings, task: Task, model: str) -> list[str]:
+    found = {
+        key: findings.estimate(task, task.test[0], model, key)
+        for key in (
+            "boundary_ap",
+            "ap",
+            "accuracy",
+            "accuracy_50",
+            "accuracy_75",
+            "merges",
+            "splits",
+        )
+    }
+    parameters = findings.cost(task, model, "model", "parameters")
+    return [
+        findings.study.model_title(model),
+        str(findings.seeds(task, model)),
+        with_interval(found["boundary_ap"], 1),
+        seed_range(found["boundary_ap"], 1),
+        number(found["ap"].value),
+        with_interval(found["accuracy"], 3),
+        seed_range(found["accuracy"], 3),
+        number(found["accuracy_50"].value, 3),
+        number(found["accuracy_75"].value, 3),
+        number(found["merges"].value),
+        number(found["splits"].value),
+        number(findings.seconds_per_megapixel(task, model), 2),
+        "" if parameters is None else number(parameters / 1e6),
+    ]
+
+
+def _elsewhere(findings: Findings) -> str:
+    """All test sets but the main one and the steps of ladders, which are drawn."""
+    rows = []
+    for task in findings.study.tasks.values():
+        for test in task.test[:1] if task.ladder else task.test:
+            if (task.name, test) != (findings.main.name, findings.main.test[0]):
+                models = findings.models(task)
+                rows += [_elsewhere_row(findings, task, test, model) for model in models]
+    if not rows:
+        return ""
+    header = ["trained on", "tested on", "model", "seeds"]
+    header += ["boundary AP, %", "TP / (TP + FP + FN)", "merges", "splits"]
+    return (
+        "## Other data\n\n"
+        "The same models trained on other sets, and tested on sets unlike those they were trained "
+        f"on. Where there is one seed, nothing is claimed.\n\n{markdown(header, rows)}"
+    )
+
+
+def _elsewhere_row(findings: Findings, task: Task, test: str, model: str) -> list[str]:
+    keys = ("boundary_ap", "accuracy", "merges", "splits")
+    boundary_ap, accuracy, *errors = (findings.estimate(task, test, model, key) for key in keys)
+    return [
+        task.title or task.name,
+        f"`{test}`",
+        findings.study.model_title(model),
+        str(findings.seeds(task, model)),
+        with_interval(boundary_ap, 1),
+        with_interval(accuracy, 3),
+        *(number(error.value) for error in errors),
+    ]
+
+
+# --------------------------------------------------------------------------------- method
+
+
+def _models(findings: Findings) -> str:
+    study = findings.study
+    lines = [
+        f"- {model.title or name}: `{model.config}`{_options(model.options)}"
+        for name, model in study.models.items()
+    ]
+    lines += [f"- {o.title or o.name}: predictions of that program" for o in study.others.values()]
+    return "\n".join(lines)
+
+
+def _options(options: dict) -> str:
+    words = [f"`{key} {value}`" for key, value in options.items()]
+    return f" with {listed(words)}" if words else ""
+
+
+def _training(findings: Findings) -> str:
+    study, task = findings.study, findings.main
+    text = f"From scratch, {_count(len(task.seeds or study.seeds), 'seed')}."
+    if study.budget is not None:
+        text += (
+            f" Every model was given {study.budget:g} minutes, validation apart: its schedule "
+            f"was stretched by the time that {CALIBRATION_ITERATIONS} steps took before its first "
+            "seed."
+        )
+    minutes = [findings.training_minutes(task, model) for model in findings.models(task)]
+    known = [value for value in minutes if value]
+    if known:
+        text += f" The trainings took {number(min(known))} to {number(max(known))} minutes."
+    return text
+
+
+def _hardware(findings: Findings) -> str:
+    machines: dict[str, None] = {}  # in order, each once
+    for run in findings.results:
+        device, threads, torch = (run.cost("hardware", k) for k in ("device", "threads", "torch"))
+        parts = [device, threads and _count(threads, "CPU thread"), torch and f"PyTorch {torch}"]
+        machines[", ".join(part for part in parts if part)] = None
+    named = [machine for machine in machines if machine]
+    return f"{'; '.join(named)}." if named else "Not recorded."
+
+
+def _equal_time(findings: Findings) -> str:
+    if findings.study.budget is None:
+        return ""
+    return (
+        "- Equal time is not equal convergence: a slower model made fewer steps. With more time\n"
+        "  the order may change (Figure 2, right)."
+    )
+
+
+def _rebuild(findings: Findings) -> str:
+    task = findings.main
+    own = [name for name in findings.models(task) if name in findings.study.models]
+    trained = [name for name in own if "iterations" in findings.runs(task.name, name)[0].info]
+    best = findings.best(task, trained)
+    if best is None:
+        return ""
+    title, command = findings.study.model_title(best), rebuild_command(findings, task, best)
+    return (
+        f"## The best model, again\n\n{title} as it was trained here, first seed. "
+        f"`model_final.pth` and `results.json` appear in `OUTPUT_DIR`:\n\n```\n{command}\n```"
+    )

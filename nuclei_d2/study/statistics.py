@@ -1,0 +1,267 @@
+"""Numbers of models with several seeds, and how sure they are.
+
+Two things make a number uncertain, and both are shown: which images happened to be tested (paired
+bootstrap over images, of the mean over seeds), and which random numbers the training happened to
+draw (the spread over seeds, smallest to largest).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from nuclei_d2.evaluation.bootstrap import LEVEL, bootstrap_weights
+from nuclei_d2.evaluation.boundary_ap import RECALLS
+from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
+from nuclei_d2.evaluation.scores import HEADLINE, Path, ScoreTable
+from nuclei_d2.study.measure import Measured
+
+# Share of an image's nuclei that touch another one: few, some, many.
+TOUCHING_EDGES = (0.0, 0.1, 0.3, 1.0)
+
+
+class Scores:
+    """One run on the n images of one test set, under W weightings of the images."""
+
+    def __init__(self, measured: Measured, weights: np.ndarray):
+        """
+        Args:
+            measured: of the run.
+            weights: (W, n) how often each image counts.
+        """
+        self._measured = measured
+        self._weights = weights
+        self._table = ScoreTable(measured.images).metrics(weights)
+        self._aps: dict[str, np.ndarray] = {}
+        self.nuclei = weights @ np.array([image.n_gt for image in measured.images])
+
+    def at(self, path: Path) -> np.ndarray:
+        """(W,) a label-based metric by its place, see ``ScoreTable.metrics``."""
+        return self._table[path]
+
+    def ap(self, name: str) -> np.ndarray:
+        """(W, 10) AP in percent by mask or boundary IoU (a name of ``HITS``) at IOU_THRESHOLDS.
+
+        NaN for predictions without scores.
+        """
+        if name not in self._aps:
+            rows = self._measured.hits.get(name)
+            if rows is None:
+                aps = np.full((len(self._weights), len(IOU_THRESHOLDS)), np.nan)
+            else:
+                aps = weighted_ap(rows, self._weights[:, self._measured.owner], self.nuclei)
+            self._aps[name] = 100 * aps
+        return self._aps[name]
+
+    def recall_by_size(self) -> np.ndarray:
+        """(W, 4) share of the nuclei found at IoU 0.5, by ``SIZE_NAMES``."""
+        images = self._measured.images
+        found, all_ = (
+            self._weights @ np.stack([getattr(image, name) for image in images])
+            for name in ("found_sizes", "gt_sizes")
+        )
+        with np.errstate(invalid="ignore"):
+            return np.where(all_ > 0, found / np.maximum(all_, 1), np.nan)
+
+
+def weighted_ap(rows: np.ndarray, drawn: np.ndarray, nuclei: np.ndarray) -> np.ndarray:
+    """COCO's average precision, 0 to 1, of a set in which images occur several times or never.
+
+    Args:
+        rows: (T, P) bool, whether each prediction, best first, is a true positive, in T ways.
+        drawn: (W, P) how often its image occurs, for each of W draws.
+        nuclei: (W,) in all images of a draw.
+
+    Returns:
+        (W, T); NaN for a draw without nuclei.
+    """
+    needed = _hits_for_recall(nuclei)
+    seen = np.cumsum(drawn, axis=1)
+    aps = []
+    for hits in rows:
+        found = np.cumsum(drawn[:, hits], axis=1)
+        precision = found / np.maximum(seen[:, hits], 1)
+        # The best at this recall or a higher one; none beyond the last hit.
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        precision = np.pad(precision, ((0, 0), (0, 1)))
+        aps.append(np.take_along_axis(precision, _first_at_least(found, needed), 1).mean(axis=1))
+    return np.where(nuclei[:, None] > 0, np.stack(aps, axis=1), np.nan)
+
+
+def _hits_for_recall(nuclei: np.ndarray) -> np.ndarray:
+    """(W, 101) fewest hits that make a recall of each of RECALLS, computed as hits / nuclei."""
+    nuclei = np.maximum(nuclei, 1)[:, None]
+    hits = np.maximum(np.floor(RECALLS * nuclei) - 1, 0)
+    for _ in range(2):  # rounding can be off by one
+        hits += hits / nuclei < RECALLS
+    return hits.astype(np.int64)
+
+
+def _first_at_least(counts: np.ndarray, needed: np.ndarray) -> np.ndarray:
+    """(W, R) index in each row of ``counts`` (W, P), increasing, of the first >= ``needed``."""
+    rows, width = counts.shape
+    # One search for all rows: each is lifted above the one before.
+    lift = np.arange(rows)[:, None] * (max(counts.max(initial=0), needed.max(initial=0)) + 1)
+    places = np.searchsorted((counts + lift).ravel(), (needed + lift).ravel(), side="left")
+    return np.clip(places.reshape(needed.shape) - np.arange(rows)[:, None] * width, 0, width)
+
+
+# -------------------------------------------------------------------------------- metrics
+
+
+class Metric(NamedTuple):
+    """A number of the report."""
+
+    title: str
+    unit: str  # "%", "" (fraction of 1), "px", "per 100 nuclei"
+    compute: Callable[[Scores], np.ndarray]  # (W,)
+    higher_is_better: bool = True
+
+
+def _ap(name: str, threshold: int | None, scores: Scores) -> np.ndarray:
+    aps = scores.ap(name)
+    return aps.mean(axis=1) if threshold is None else aps[:, threshold]
+
+
+def _boundary_ap(scores: Scores) -> np.ndarray:
+    return np.mean([scores.ap(name).mean(axis=1) for name in ("1px", "2px", "3px")], axis=0)
+
+
+def _accuracy(scores: Scores) -> np.ndarray:
+    """Mean over IoU 0.50, 0.55 .. 0.90."""
+    values = [scores.at(("pooled", "accuracy", f"{t:.2f}")) for t in IOU_THRESHOLDS[:-1]]
+    return np.mean(values, axis=0)
+
+
+def _per_100(name: str, scores: Scores) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 100 * scores.at(("errors", name)) / scores.nuclei
+
+
+def _label(path: Path, scores: Scores) -> np.ndarray:
+    return scores.at(path)
+
+
+METRICS: dict[str, Metric] = {
+    "boundary_ap": Metric("boundary AP (mean of 1, 2 and 3 px)", "%", _boundary_ap),
+    **{
+        f"boundary_ap_{d}": Metric(f"boundary AP at {d}", "%", partial(_ap, d, None))
+        for d in ("1px", "2px", "3px", "2%")
+    },
+    "ap": Metric("mask AP", "%", partial(_ap, "mask", None)),
+    "ap50": Metric("mask AP50", "%", partial(_ap, "mask", 0)),
+    "ap75": Metric("mask AP75", "%", partial(_ap, "mask", 5)),
+    "accuracy": Metric("TP / (TP + FP + FN), mean over IoU 0.50:0.05:0.90", "", _accuracy),
+    **{
+        f"accuracy_{t}": Metric(
+            f"TP / (TP + FP + FN) at IoU 0.{t}",
+            "",
+            partial(_label, ("pooled", "accuracy", f"0.{t}")),
+        )
+        for t in (50, 75, 90)
+    },
+    "merges": Metric("merges", "per 100 nuclei", partial(_per_100, "merges"), False),
+    "splits": Metric("splits", "per 100 nuclei", partial(_per_100, "splits"), False),
+    "missed": Metric("missed", "per 100 nuclei", partial(_per_100, "missed"), False),
+    "spurious": Metric("spurious", "per 100 nuclei", partial(_per_100, "spurious"), False),
+    **{
+        "_".join(path): Metric(
+            " ".join(path),
+            "px" if path[-1] == "hd95" else "",
+            partial(_label, path),
+            path[-1] != "hd95",
+        )
+        for path in HEADLINE
+        if path[0] != "errors" and path[1] != "accuracy"
+    },
+}
+
+
+# ------------------------------------------------------------------------------- estimates
+
+
+class Estimate(NamedTuple):
+    """A number, its interval over images, and what each seed says."""
+
+    value: float  # mean over seeds
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+
+    @property
+    def is_known(self) -> bool:
+        return bool(np.isfinite(self.value))
+
+    @property
+    def sign(self) -> int:
+        """Of a difference: 1 or -1 where its interval excludes zero, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The seeds of one model on one test set. Weightings: every image once, then B draws."""
+
+    scores: dict[int, Scores]  # by seed
+
+    @classmethod
+    def of(cls, measured: dict[int, Measured]) -> "Sample":
+        n_images = len(next(iter(measured.values())).images)
+        weights = np.concatenate([np.ones((1, n_images), np.int64), bootstrap_weights(n_images)])
+        return cls({seed: Scores(part, weights) for seed, part in measured.items()})
+
+    def values(self, compute: Callable[[Scores], np.ndarray]) -> np.ndarray:
+        """(seeds, 1 + B, ...) of every seed and weighting."""
+        return np.stack([compute(scores) for scores in self.scores.values()])
+
+
+def estimate(sample: Sample, compute: Callable[[Scores], np.ndarray]) -> Estimate:
+    """A metric (W,) of one model."""
+    return _summary(sample.values(compute))
+
+
+def difference(first: Sample, second: Sample, compute: Callable[[Scores], np.ndarray]) -> Estimate:
+    """``first - second`` on the same images; ``seeds`` are the differences of equal seeds."""
+    a, b = first.values(compute), second.values(compute)
+    summary = _summary(a.mean(axis=0, keepdims=True) - b.mean(axis=0, keepdims=True))
+    common = [seed for seed in first.scores if seed in second.scores]
+    pairs = (first.scores[seed] for seed in common), (second.scores[seed] for seed in common)
+    seeds = tuple(float(compute(x)[0] - compute(y)[0]) for x, y in zip(*pairs, strict=True))
+    return summary._replace(seeds=seeds)
+
+
+def _summary(values: np.ndarray) -> Estimate:
+    """Of (seeds, 1 + B)."""
+    mean = values.mean(axis=0)
+    drawn = mean[1:][np.isfinite(mean[1:])]
+    ends = (50 * (1 - LEVEL), 50 * (1 + LEVEL))
+    low, high = np.percentile(drawn, ends) if drawn.size else (np.nan, np.nan)
+    return Estimate(float(mean[0]), float(low), float(high), tuple(values[:, 0].tolist()))
+
+
+def touching_bins(measured: Measured) -> list[np.ndarray]:
+    """Indices of the images with few, some and many touching nuclei, see TOUCHING_EDGES.
+
+    Images without nuclei are in none.
+    """
+    nuclei = np.array([image.n_gt for image in measured.images])
+    share = measured.touching / np.maximum(nuclei, 1)
+    bins = np.searchsorted(TOUCHING_EDGES[1:-1], share, side="right")
+    return [np.flatnonzero((bins == k) & (nuclei > 0)) for k in range(len(TOUCHING_EDGES) - 1)]
+
+
+def part_of(measured: Measured, images: Sequence[int]) -> Measured:
+    """Some of the images, as a test set of their own."""
+    images = np.asarray(images, int)
+    position = np.full(len(measured.images), -1)
+    position[images] = np.arange(len(images))
+    kept = position[measured.owner] >= 0
+    return measured._replace(
+        names=[measured.names[k] for k in images],
+        touching=measured.touching[images],
+        images=[measured.images[k] for k in images],
+        owner=position[measured.owner][kept],
+        hits={name: rows[:, kept] for name, rows in measured.hits.items()},
+    )

@@ -1,0 +1,128 @@
+"""Sentences that choose their words from the numbers."""
+
+from nuclei_d2.study.findings import Findings
+from nuclei_d2.study.plan import Comparison
+from nuclei_d2.study.statistics import METRICS, Estimate, Metric
+from nuclei_d2.study.tables import number, seed_range, with_interval
+
+# Verdict on a difference -> how the answer begins, and why.
+_OPENINGS = {
+    "unknown": "Not measured yet.",
+    "one seed": "One seed: no claim.",
+    "better": "Yes, here.",
+    "worse": "No, the reverse.",
+    "unsure": "Perhaps.",
+    "none": "Not that we can tell.",
+}
+_REASONS = {
+    "unknown": "",
+    "one seed": "One training of each cannot tell a method from luck.",
+    "better": "The interval excludes zero, and every seed agrees.",
+    "worse": "The interval excludes zero, and every seed agrees.",
+    "unsure": "The interval excludes zero, but not every seed agrees.",
+    "none": "The interval includes zero.",
+}
+_PHRASES = {
+    "unknown": "not measured",
+    "one seed": "one seed, no claim",
+    "better": "better",
+    "worse": "worse",
+    "unsure": "better or worse, by seed",
+    "none": "no difference shown",
+}
+
+
+def verdict(change: Estimate, higher_is_better: bool = True) -> str:
+    """ "unknown", "one seed", "better", "worse", "unsure" or "none".
+
+    A claim needs an interval over images that excludes zero, and seeds that agree with it.
+    """
+    if not change.is_known:
+        return "unknown"
+    if len(change.seeds) < 2:
+        return "one seed"
+    if change.sign == 0:
+        return "none"
+    if any(seed * change.sign <= 0 for seed in change.seeds):
+        return "unsure"
+    return "better" if (change.sign > 0) == higher_is_better else "worse"
+
+
+def digits(metric: Metric) -> int:
+    """After the point: fractions of 1 have three."""
+    return 1 if metric.unit else 3
+
+
+def unit(metric: Metric) -> str:
+    """As it follows a difference."""
+    return {"%": " points", "": ""}.get(metric.unit, f" {metric.unit}")
+
+
+def answer(findings: Findings, comparison: Comparison) -> str:
+    """Answer to the comparison's question, with the numbers it rests on."""
+    change = findings.change(comparison, comparison.metric)
+    kind = verdict(change, METRICS[comparison.metric].higher_is_better)
+    parts = [f"**{_OPENINGS[kind]}**"]
+    if kind != "unknown":
+        parts += [_numbers(findings, comparison, change), _REASONS[kind]]
+    return " ".join(parts)
+
+
+def _numbers(findings: Findings, comparison: Comparison, change: Estimate) -> str:
+    kind, task = METRICS[comparison.metric], findings.main
+    first, second = (
+        findings.estimate(task, task.test[0], name, comparison.metric).value
+        for name in (comparison.first, comparison.second)
+    )
+    n = digits(kind)
+    seeds = seed_range(change, n, sign=True)
+    title, other = map(findings.study.model_title, (comparison.first, comparison.second))
+    return (
+        f"In {kind.title}, {title} reaches {number(first, n)} and {other} {number(second, n)}: "
+        f"{number(change.value, n, sign=True)}{unit(kind)}, 95 % interval "
+        f"{number(change.low, n, sign=True)} to {number(change.high, n, sign=True)}"
+        f"{f', seeds {seeds}' if seeds else ''}."
+    )
+
+
+def change_line(findings: Findings, comparison: Comparison, metric: str) -> str:
+    """``merges per 100 nuclei: -0.8 [-1.5, -0.1], better``; empty if unknown."""
+    change, kind = findings.change(comparison, metric), METRICS[metric]
+    if not change.is_known:
+        return ""
+    name = f"{kind.title} {kind.unit}" if kind.unit.startswith("per") else kind.title
+    value = with_interval(change, digits(kind), sign=True)
+    phrase = _PHRASES[verdict(change, kind.higher_is_better)]
+    return f"{name}: {value}{unit(kind) if kind.unit == '%' else ''}, {phrase}"
+
+
+def cost_sentence(findings: Findings, comparison: Comparison) -> str:
+    """What the first model of a comparison costs more than the second; empty if unknown."""
+    task = findings.main
+    known = {
+        "the parameters": lambda m: findings.cost(task, m, "model", "parameters"),
+        "the multiply-adds": lambda m: findings.cost(task, m, "model", "flops"),
+        "the time for an image": lambda m: findings.seconds_per_megapixel(task, m),
+        "the time for a training step": lambda m: _step_seconds(findings, m),
+    }
+    ratios = []
+    for name, cost in known.items():
+        first, second = cost(comparison.first), cost(comparison.second)
+        if first and second:
+            ratios.append(f"{first / second:.2f} times {name}")
+    if not ratios:
+        return ""
+    title, other = map(findings.study.model_title, (comparison.first, comparison.second))
+    return f"{title} takes {listed(ratios)} of {other}."
+
+
+def _step_seconds(findings: Findings, model: str) -> float | None:
+    task = findings.main
+    seconds = findings.cost(task, model, "training", "seconds")
+    iterations = findings.cost(task, model, "iterations")
+    return seconds / iterations if seconds and iterations else None
+
+
+def listed(words: list[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

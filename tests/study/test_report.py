@@ -1,0 +1,221 @@
+"""Papers, tables, figures and blocks from fabricated results: bytes, words, empty cells."""
+
+import csv
+from functools import partial
+
+import pytest
+from tiny import CONFIGS
+
+from nuclei_d2.evaluation.bootstrap import bootstrap_weights
+from nuclei_d2.study import statistics
+from nuclei_d2.study.collect import load_results
+from nuclei_d2.study.findings import Findings, pareto_front
+from nuclei_d2.study.plan import load_study
+from nuclei_d2.study.report import write_report
+from nuclei_d2.study.statistics import Estimate
+from nuclei_d2.study.words import verdict
+from nuclei_d2.study.zoo import replace_block
+from nuclei_d2.utils.errors import NucleiError
+
+BOUNDARIES = {
+    "ask": "Does learning boundaries help?",
+    "first": "mask_rcnn",
+    "second": "unet",
+}
+
+
+@pytest.fixture(autouse=True)
+def _fewer_draws(monkeypatch):
+    monkeypatch.setattr(statistics, "bootstrap_weights", partial(bootstrap_weights, resamples=60))
+
+
+@pytest.fixture
+def make_study(study_file, tmp_path):
+    def make(**changes):
+        changes = {
+            "comparisons": {"boundaries": BOUNDARIES},
+            "report": str(tmp_path / "docs" / "study.md"),
+            "title": "Made up for a test",
+            **changes,
+        }
+        return load_study(study_file(**changes))
+
+    return make
+
+
+def page_of(study):
+    write_report(study, "study.yaml")
+    return study.report_file.read_text()
+
+
+def all_bytes(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_results_give_the_same_bytes(make_study, fabricate, tmp_path):
+    study = make_study(model_zoo=str(tmp_path / "docs" / "MODEL_ZOO.md"))
+    fabricate(study, {"classical": 3.0, "unet": 2.0, "mask_rcnn": 1.0})
+    written = write_report(study, "study.yaml")
+    docs, tables = all_bytes(tmp_path / "docs"), all_bytes(study.results_dir / "tables")
+    assert set(written) == {*docs, *tables}
+    assert [path.name for path in docs if path.suffix == ".svg"] == [
+        "answer.svg",
+        "cost.svg",
+        "where.svg",
+    ]
+    write_report(make_study(model_zoo=study.model_zoo), "study.yaml")
+    assert all_bytes(tmp_path / "docs") == docs
+    assert all_bytes(study.results_dir / "tables") == tables
+    for content in (*docs.values(), *tables.values()):
+        assert b"nan" not in content.lower().replace(b"nano", b"")
+
+
+@pytest.mark.parametrize(
+    ("errors", "opening"),
+    [
+        ({"mask_rcnn": 0.7, "unet": 2.2}, "**Yes, here.**"),
+        ({"mask_rcnn": 2.2, "unet": 0.7}, "**No, the reverse.**"),
+        ({"mask_rcnn": 1.0, "unet": 1.0}, "**Not that we can tell.**"),
+        ({"mask_rcnn": 1.0}, "**Not measured yet.**"),
+    ],
+)
+def test_the_answer_follows_the_interval(make_study, fabricate, errors, opening):
+    study = make_study()
+    fabricate(study, errors)
+    page = page_of(study)
+    assert page.startswith("# Does learning boundaries help?\n")
+    assert opening in page
+
+
+def test_one_seed_is_no_claim(make_study, fabricate):
+    study = make_study(seeds=[0])
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2})
+    page = page_of(study)
+    assert "**One seed: no claim.**" in page
+    assert "one seed, no claim" in page
+    assert "Yes" not in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "expected"),
+    [
+        (0.1, 0.5, (0.2, 0.4), "better"),
+        (-0.5, -0.1, (-0.2, -0.4), "worse"),
+        (0.1, 0.5, (0.7, -0.1), "unsure"),
+        (-0.1, 0.5, (0.2, 0.4), "none"),
+        (0.1, 0.5, (0.3,), "one seed"),
+    ],
+)
+def test_verdicts(low, high, seeds, expected):
+    change = Estimate(sum(seeds) / len(seeds), low, high, seeds)
+    assert verdict(change) == expected
+    mirrored = {"better": "worse", "worse": "better"}.get(expected, expected)
+    assert verdict(change, higher_is_better=False) == mirrored
+
+
+def test_numbers_in_the_page_are_those_of_the_table(make_study, fabricate):
+    study = make_study()
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2})
+    page = page_of(study)
+    with (study.results_dir / "tables" / "differences.csv").open() as file:
+        rows = {row["metric"]: row for row in csv.DictReader(file)}
+    change = rows["boundary_ap"]
+    assert f"{float(change['value']):+.1f} points" in page
+    assert f"{float(change['low']):+.1f} to {float(change['high']):+.1f}" in page
+    assert change["seeds"] == "2"
+    findings = Findings(study, load_results(study))
+    first, second = (
+        findings.estimate(findings.main, "tiny_test", name, "boundary_ap").value
+        for name in ("mask_rcnn", "unet")
+    )
+    assert float(change["value"]) == pytest.approx(first - second, abs=1e-4)
+
+
+def test_what_was_not_measured_stays_empty(make_study, fabricate):
+    study = make_study()
+    fabricate(study, {"mask_rcnn": 1.0}, seeds=[0])
+    page = page_of(study)
+    assert "**So far 1 of 5 runs are done.**" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| mask_rcnn |")]
+    assert "nan" not in row
+    assert "None" not in page
+    with (study.results_dir / "tables" / "a" / "tiny_test.csv").open() as file:
+        assert {row["model"] for row in csv.DictReader(file)} == {"mask_rcnn"}
+
+
+def test_no_results_are_an_error(make_study):
+    with pytest.raises(NucleiError, match="no results of test to report yet"):
+        write_report(make_study(), "study.yaml")
+
+
+def test_other_test_sets_get_a_table_and_ladders_a_panel(make_study, fabricate):
+    tasks = {
+        "a": {"train": "x", "val": "y", "test": ["t", "u"]},
+        "steps": {"train": "x", "val": "y", "test": ["v", "w"], "ladder": True, "seeds": [0]},
+    }
+    study = make_study(datasets=tasks)
+    fabricate(study, {"mask_rcnn": 1.0})
+    page = page_of(study)
+    assert "## Other data" in page
+    assert "| a | `u` | mask_rcnn | 2 |" in page
+    assert "| steps | `v` | mask_rcnn | 1 |" in page
+    assert "`w`" not in page
+    assert "more and more crowded" in page
+
+
+def test_the_command_makes_the_best_model_again(make_study, fabricate):
+    study = make_study(options={"SOLVER.MAX_ITER": 77})
+    fabricate(study, {"classical": 0.5, "unet": 1.0, "mask_rcnn": 2.0})
+    command = page_of(study).partition("## The best model, again")[2]
+    # The best of those with weights; what its config says already is left out.
+    assert f"--config-file {CONFIGS / 'cpu' / 'unet_boundary.yaml'}" in command
+    assert "SOLVER.MAX_ITER 77" in command
+    assert "MODEL.UNET.DECODER.THRESHOLD 0.4" in command
+    assert "DATASETS.TEST '('\"'\"'tiny_test'\"'\"',)'" in command
+    assert "SEED" not in command
+
+
+def test_the_model_zoo_keeps_other_studies(make_study, fabricate, tmp_path):
+    zoo = tmp_path / "MODEL_ZOO.md"
+    study = make_study(model_zoo=str(zoo))
+    fabricate(study, {"mask_rcnn": 1.0})
+    write_report(study, "study.yaml")
+    first = zoo.read_text()
+    assert "| mask_rcnn |" in first
+    zoo.write_text(first + "\n<!-- study: gpu -->\nkept\n<!-- /study: gpu -->\n")
+    fabricate(study, {"unet": 1.0})
+    write_report(study, "study.yaml")
+    second = zoo.read_text()
+    assert "| U-Net |" in second
+    assert "<!-- study: gpu -->\nkept\n<!-- /study: gpu -->" in second
+    assert second.count("<!-- study: test -->") == 1
+
+
+def test_the_readme_gets_its_block(make_study, fabricate, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    study = make_study(readme=str(readme))
+    fabricate(study, {"mask_rcnn": 1.0, "unet": 2.0})
+    write_report(study, "study.yaml")
+    text = readme.read_text()
+    assert text.startswith(
+        "before\n<!-- results -->\nTrained from scratch on `tiny_train`, means of 2"
+    )
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "(6 images, 72 nuclei)" in text
+    assert "old" not in text
+    readme.write_text("no marks")
+    with pytest.raises(NucleiError, match="have to be there"):
+        write_report(study, "study.yaml")
+
+
+def test_a_block_needs_both_marks_in_order():
+    for text in ("<!-- a -->", "<!-- /a --><!-- a -->", "<!-- a --><!-- a --><!-- /a -->"):
+        with pytest.raises(NucleiError, match="in this order"):
+            replace_block(text, "a", "x")
+    assert replace_block("<!-- a -->\\1<!-- /a -->", "a", "\\2") == "<!-- a -->\n\\2\n<!-- /a -->"
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    points = {"slow": (3.0, 0.5), "fast": (1.0, 0.2), "good": (2.0, 0.6), "tied": (1.0, 0.1)}
+    assert pareto_front(points) == ["fast", "good"]

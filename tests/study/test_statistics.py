@@ -1,0 +1,127 @@
+"""Bootstrap of AP against drawn copies, seeds, differences, and bins of crowding."""
+
+import numpy as np
+import pytest
+
+from nuclei_d2.evaluation.bootstrap import bootstrap_weights
+from nuclei_d2.evaluation.boundary_ap import average_precision
+from nuclei_d2.evaluation.instances import LabelLayers
+from nuclei_d2.evaluation.scores import score_image
+from nuclei_d2.study.measure import Measured
+from nuclei_d2.study.statistics import (
+    METRICS,
+    Estimate,
+    Sample,
+    Scores,
+    difference,
+    estimate,
+    part_of,
+    touching_bins,
+    weighted_ap,
+)
+
+
+def layers(labels):
+    return LabelLayers(np.asarray(labels, np.uint16)[None], int(np.max(labels)))
+
+
+def image_scores(nuclei: int, found: int):
+    """Of an image with so many nuclei, of which so many are found exactly and none besides."""
+    gt = np.zeros((4, 4 * nuclei + 1), int)
+    for k in range(nuclei):
+        gt[:3, 4 * k : 4 * k + 3] = k + 1
+    return score_image(layers(gt), layers(np.where(gt <= found, gt, 0)))
+
+
+def measured(found, nuclei=(4, 2, 4), touching=(0, 1, 4), hits=True) -> Measured:
+    """Three images; all predictions are right."""
+    rows = np.ones((10, sum(found)), bool)
+    return Measured(
+        names=["a", "b", "c"],
+        touching=np.array(touching),
+        images=[image_scores(*pair) for pair in zip(nuclei, found, strict=True)],
+        owner=np.repeat(np.arange(3), found),
+        hits=dict.fromkeys(("mask", "2%", "1px", "2px", "3px"), rows) if hits else {},
+        score_threshold=0.5,
+        coco=None,
+    )
+
+
+def test_weighted_ap_is_ap_of_the_drawn_images():
+    rng = np.random.default_rng(0)
+    owner, hits = rng.integers(0, 6, 80), rng.random(80) < 0.6
+    nuclei = np.array([np.count_nonzero(hits[owner == k]) + k for k in range(6)])
+    weights = bootstrap_weights(6, 25)
+    result = weighted_ap(hits[None], weights[:, owner], weights @ nuclei)
+    for row, (value,) in zip(weights, result, strict=True):
+        copies = np.repeat(hits, row[owner])  # copies of an image have equal scores: neighbours
+        assert value == pytest.approx(average_precision(copies, row @ nuclei))
+
+
+def test_ap_of_a_draw_without_nuclei_is_undefined():
+    hits, drawn = np.array([[True, False]]), np.array([[0, 1], [1, 1]])
+    assert np.isnan(weighted_ap(hits, drawn, np.array([0, 1]))).tolist() == [[True], [False]]
+
+
+def test_metrics_of_one_run():
+    scores = Scores(measured((4, 0, 4)), np.ones((1, 3), int))
+    values = {key: float(metric.compute(scores)[0]) for key, metric in METRICS.items()}
+    assert values["accuracy"] == pytest.approx(0.8)  # 8 of 10 nuclei, nothing else
+    assert values["accuracy_90"] == pytest.approx(0.8)
+    assert values["missed"] == pytest.approx(20)
+    assert values["merges"] == values["splits"] == 0
+    # Precision is 1 up to recall 0.8: 81 of 101 points.
+    assert values["ap"] == values["boundary_ap"] == pytest.approx(8100 / 101)
+    assert values["pooled_recall_0.50"] == pytest.approx(0.8)
+    assert scores.recall_by_size()[0].tolist()[0] == pytest.approx(0.8)  # all are small
+    assert np.isnan(scores.recall_by_size()[0][1:]).all()
+
+
+def test_without_scores_there_is_no_ap():
+    scores = Scores(measured((4, 0, 4), hits=False), np.ones((1, 3), int))
+    assert np.isnan(METRICS["boundary_ap"].compute(scores)).all()
+    assert METRICS["accuracy"].compute(scores)[0] == pytest.approx(0.8)
+
+
+def test_an_estimate_is_the_mean_over_seeds_and_keeps_each():
+    sample = Sample.of({0: measured((4, 2, 4)), 1: measured((4, 0, 4))})
+    found = estimate(sample, METRICS["accuracy"].compute)
+    assert found.value == pytest.approx(0.9)
+    assert found.seeds == pytest.approx((1.0, 0.8))
+    # The worst draw has image b only, half of whose seeds find nothing.
+    assert 0.5 <= found.low < found.value < found.high <= 1.0
+    assert found.is_known
+
+
+def test_a_difference_is_paired_by_image_and_seed():
+    first = Sample.of({0: measured((4, 2, 4)), 1: measured((4, 2, 4))})
+    second = Sample.of({1: measured((2, 1, 2)), 2: measured((2, 1, 2))})
+    change = difference(first, second, METRICS["accuracy"].compute)
+    # Half of the nuclei of every image: the same difference in every draw.
+    assert change.value == change.low == change.high == pytest.approx(0.5)
+    assert change.seeds == pytest.approx((0.5,))
+    assert change.sign == 1
+    assert difference(second, first, METRICS["accuracy"].compute).sign == -1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sign"), [(0.1, 1, 1), (-1, -0.1, -1), (-1, 1, 0), (0, 1, 0)]
+)
+def test_the_sign_of_an_interval(low, high, sign):
+    assert Estimate(0.5, low, high, ()).sign == sign
+
+
+def test_bins_of_touching_nuclei():
+    part = measured((4, 2, 4), nuclei=(10, 10, 4), touching=(0, 1, 4))
+    assert [bin_.tolist() for bin_ in touching_bins(part)] == [[0], [1], [2]]
+    empty = part._replace(images=[image_scores(0, 0), *part.images[1:]])
+    assert [bin_.tolist() for bin_ in touching_bins(empty)] == [[], [1], [2]]
+
+
+def test_a_part_is_a_test_set_of_its_own():
+    whole = measured((4, 1, 4))
+    part = part_of(whole, [1])
+    scores = Scores(part, np.ones((1, 1), int))
+    assert METRICS["accuracy"].compute(scores)[0] == pytest.approx(0.5)
+    assert METRICS["ap"].compute(scores)[0] == pytest.approx(5100 / 101)
+    assert part.names == ["b"]
