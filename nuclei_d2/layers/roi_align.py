@@ -57,7 +57,7 @@ class SmallROIAlign(ROIAlign):
             members = (group == index).nonzero()[:, 0]
             order.append(members)
             for chunk in members.split(max(1, _CHUNK_TERMS // terms)):
-                image = rois[chunk, 0].long()
+                image = rois[chunk, 0].int()
                 pooled.append(
                     self._sample(features, image, corners[chunk], bins[chunk], (columns, rows))
                 )
@@ -78,7 +78,7 @@ class SmallROIAlign(ROIAlign):
 
         Args:
             features: (B, C, H, W).
-            image: (N,) int64, index into B.
+            image: (N,) int32, index into B.
             corners: (N, 4) XYXY; 0 is the centre of the first feature pixel.
             bins: (N, 2) width and height of a bin, in feature pixels.
             samples: along the width and the height of a bin.
@@ -110,7 +110,7 @@ class SmallROIAlign(ROIAlign):
             samples: of each bin.
 
         Returns:
-            Indices, int64, and weights, float, both (N, bins, 2 * samples); the weights of a bin
+            Indices, int32, and weights, float, both (N, bins, 2 * samples); the weights of a bin
             inside the feature map sum up to 1.
         """
         bins = bins[:, None, None]
@@ -122,7 +122,7 @@ class SmallROIAlign(ROIAlign):
         position = position.clamp(0, length - 1)
         lower = position.floor()
         upper_weight = position - lower
-        lower = lower.long()
+        lower = lower.int()
         indices = torch.stack([lower, (lower + 1).clamp(max=length - 1)], dim=3)
         weights = torch.stack([1 - upper_weight, upper_weight], dim=3) * inside[..., None]
         return indices.flatten(2), weights.flatten(2) / samples
