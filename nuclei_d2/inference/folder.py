@@ -127,6 +127,16 @@ class FolderPrediction:
         """
         for name in self.work.todo(list(self.images), first):
             yield self._predict(name)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what lost processes have left behind of images that are done."""
+        folder = self.output / "work"
+        with suppress(OSError):  # another process may do the same
+            for path in folder.iterdir():
+                if self.work.record_path(path.name).exists():
+                    shutil.rmtree(path, ignore_errors=True)
+            folder.rmdir()
 
     def _predict(self, name: str) -> Outcome:
         path = self.images[name]
@@ -157,7 +167,7 @@ class FolderPrediction:
         return {**record, "outputs": [path.name for path in written]}
 
     def summarize(self) -> dict[str, Any]:
-        """Read what became of all images, and write it to ``summary.json``.
+        """Read what became of all images, write it to ``summary.json``, and date the manifest.
 
         Returns:
             "images", "done", "failed", "nuclei" (counts), "failures" (list of "file" and
@@ -182,6 +192,11 @@ class FolderPrediction:
             ],
         }
         write_json(self.output / "summary.json", summary)
+        file, finished = self.output / "manifest.json", datetime.now(timezone.utc)
+        described = _read_json(file)
+        seconds = (finished - datetime.fromisoformat(described["started"])).total_seconds()
+        described |= {"finished": finished.isoformat(timespec="seconds"), "seconds": seconds}
+        write_json(file, described)
         return summary
 
     def _describe(self) -> dict[str, Any]:

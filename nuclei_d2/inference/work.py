@@ -117,6 +117,9 @@ class SharedWork:
             if len(busy) == len(waiting):
                 time.sleep(min(1.0, self.lost_after / 10))
             waiting = busy
+        for claim in (self.folder / "claims").iterdir():  # of processes that were lost just then
+            if self.is_finished(claim.name.rpartition(".")[0]):
+                claim.unlink(missing_ok=True)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:

@@ -54,6 +54,10 @@ def test_every_image_gets_its_results_and_the_broken_one_a_reason(images, tmp_pa
     (failure,) = summary["failures"]
     assert "not a PNG" in failure["reason"]
     assert summary == json.loads((out / "summary.json").read_text())
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"]["formats"] == ["labels", "csv"]
+    assert manifest["model"] == {"file": None, "sha256": None}
+    assert manifest["finished"] >= manifest["started"]
     assert list((out / "claims").iterdir()) == []
     assert not (out / "work" / "a").exists()
     assert not [p for p in out.rglob("*") if "tmp" in p.name]

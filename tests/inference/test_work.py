@@ -1,9 +1,7 @@
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -12,25 +10,25 @@ from nuclei_d2.inference.work import SharedWork
 from nuclei_d2.utils.errors import NucleiError
 
 NAMES = [f"image {k}" for k in range(6)]
-# Does NAMES in the folder argv[1], hangs in the item argv[2], and logs what it did.
-WORKER = """
-import sys, time
-from pathlib import Path
-from nuclei_d2.inference.work import SharedWork
-folder, slow = sys.argv[1:]
-work = SharedWork(folder)
-for name in work.todo([f"image {k}" for k in range(6)]):
-    with Path(folder, "log").open("a") as log:
-        log.write(name + "\\n")
-    if name == slow:
-        time.sleep(60)
-    work.record(name, {})
-"""
+
+
+def work_and_log(folder, slow):
+    """Do NAMES, note what was done, and hang in the item ``slow``."""
+    shared = SharedWork(folder)
+    for name in shared.todo(NAMES):
+        with (folder / "log").open("a") as log:
+            log.write(f"{name}\n")
+        if name == slow:
+            time.sleep(600)
+        shared.record(name, {})
 
 
 def start_worker(folder, slow=""):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([sys.executable, "-c", WORKER, folder, slow], env=environment)
+    """Forked: importing torch once more would take seconds."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=work_and_log, args=(folder, slow), daemon=True)
+    process.start()
+    return process
 
 
 def do_all(shared, first=0):
@@ -116,16 +114,17 @@ def test_the_item_of_a_killed_process_is_done_again_by_another(tmp_path):
     log = tmp_path / "log"
     wait_for(lambda: log.exists() and "image 2" in log.read_text())
     process.kill()
-    process.wait()
+    process.join()
     assert SharedWork(tmp_path).finished() == {"image 0", "image 1"}
-    assert start_worker(tmp_path).wait(60) == 0
-    assert log.read_text().split("\n")[:-1] == [*NAMES[:3], *NAMES[2:]]
+    assert do_all(SharedWork(tmp_path)) == NAMES[2:]
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-def test_two_processes_do_nothing_twice(tmp_path):
-    workers = [start_worker(tmp_path) for _ in range(2)]
-    assert [worker.wait(60) for worker in workers] == [0, 0]
+def test_processes_do_nothing_twice(tmp_path):
+    workers = [start_worker(tmp_path) for _ in range(3)]
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert sorted((tmp_path / "log").read_text().splitlines()) == NAMES
 
 
@@ -142,6 +141,15 @@ def test_a_silent_claim_of_another_machine_is_lost(tmp_path, content):
         with SharedWork(tmp_path, lost_after=100).claim("image 0") as theirs:
             assert not theirs
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_the_claim_of_a_process_that_was_lost_after_its_record_goes_at_the_end(tmp_path):
+    shared = SharedWork(tmp_path)
+    shared.record("image 0", {})
+    for name in ("image 0.0", "image 9.0"):  # the second item is not finished
+        (tmp_path / "claims" / name).write_text("elsewhere 1")
+    do_all(shared)
+    assert [path.name for path in (tmp_path / "claims").iterdir()] == ["image 9.0"]
 
 
 def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
