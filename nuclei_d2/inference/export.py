@@ -20,6 +20,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import transforms as T
 from detectron2.export import TracingAdapter
 from detectron2.layers import ROIAlign
 from detectron2.modeling import GeneralizedRCNN
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nuclei_d2
+from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
 from nuclei_d2.data.image_io import ImageNormalizer
 from nuclei_d2.data.targets import CLASS_NAMES
@@ -352,8 +354,7 @@ def _quiet_tracing() -> Iterator[None]:
     """Without warnings: of Python values in Detectron2's code (the check is what counts), and that
     PyTorch wants TorchScript to be replaced by what cannot express this yet.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         yield
 
 
@@ -409,9 +410,13 @@ class Agreement(NamedTuple):
 
     @property
     def is_close(self) -> bool:
-        """Same number, :data:`LEAST_AGREEMENT` of the pixels, maps within the tolerance."""
+        """:data:`LEAST_AGREEMENT` of the pixels, maps within the tolerance, and the same number.
+
+        Beyond 100 nuclei the number may differ by 1 %: of crowds that cover each other a last
+        pixel remains, or not, for rounding.
+        """
         return (
-            self.original == self.exported
+            abs(self.original - self.exported) <= self.original // 100
             and self.pixels >= LEAST_AGREEMENT
             and (self.difference or 0) <= MAP_TOLERANCE
         )
@@ -484,7 +489,7 @@ def check_package(
     """
     outputs = run_package(path, list(images.values()))
     return [
-        _compare(name, image, output, cfg, predictor)
+        compare(name, image, output, cfg, predictor)
         for (name, image), output in zip(images.items(), outputs, strict=True)
     ]
 
@@ -528,9 +533,10 @@ def run_package(path: str | Path, images: Sequence[np.ndarray]) -> list[dict]:
         return torch.load(target)
 
 
-def _compare(
+def compare(
     name: str, image: np.ndarray, output: dict, cfg: CfgNode, predictor: NucleiPredictor
 ) -> Agreement:
+    """What a package put out for an image, as :func:`run_package` returns it, with the original."""
     size, difference = image.shape[:2], None
     predictor(image)  # warms up
     start = time.perf_counter()
@@ -538,10 +544,7 @@ def _compare(
     seconds = time.perf_counter() - start
     if "maps" in output:
         maps = output["maps"].numpy()
-        with torch.no_grad():
-            pixels = Preprocessing(cfg)(torch.from_numpy(image))
-            own_maps = predictor.model.predict_maps(_batch(pixels))[0].cpu().numpy()
-        difference = float(np.abs(maps - own_maps).max())
+        difference = float(np.abs(maps - _original_maps(image, cfg, predictor.model)).max())
         exported = _label_image(predictor.model.decode(maps, size), cfg)
     else:
         exported = output["labels"].numpy()
@@ -556,6 +559,14 @@ def _compare(
         output["seconds"],
         difference,
     )
+
+
+@torch.no_grad()
+def _original_maps(image: np.ndarray, cfg: CfgNode, model: UNet) -> np.ndarray:
+    network_input = T.AugInput(ImageNormalizer(cfg)(image))
+    T.AugmentationList(build_augmentation(cfg, False))(network_input)
+    pixels = np.ascontiguousarray(network_input.image.transpose(2, 0, 1))
+    return model.predict_maps(_batch(torch.from_numpy(pixels)))[0].cpu().numpy()
 
 
 def _label_image(instances: Instances, cfg: CfgNode) -> np.ndarray:
