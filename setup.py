@@ -16,7 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["nuclei_d2", "nuclei_d2.*"]),
-    package_data={"nuclei_d2.visualization.report": ["*.html", "*.css"]},
+    package_data={
+        "nuclei_d2.study": ["*.md"],
+        "nuclei_d2.visualization.report": ["*.html", "*.css"],
+    },
     python_requires=">=3.10",
     install_requires=(ROOT / "requirements/runtime.txt").read_text().splitlines(),
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from nuclei_d2.study.collect import collect_other
 from nuclei_d2.study.datasets import prepare_datasets
 from nuclei_d2.study.plan import Run, Study, load_study
 from nuclei_d2.study.report import write_report
@@ -62,6 +63,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         prepare_datasets(study.prepare)
         failed = runner.run_all(runs)
+        for other in study.others.values():
+            collect_other(study, other)
     written = write_report(study, args.study)
     print(f"report: {study.report_file}, and {len(written) - 1} files that belong to it")
     if failed:

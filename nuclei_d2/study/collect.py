@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from nuclei_d2.study.measure import Measured, read_measured
-from nuclei_d2.study.plan import Run, Study, config_hash, load_run_config
+from nuclei_d2.config import load_config
+from nuclei_d2.study.datasets import annotation_file
+from nuclei_d2.study.measure import Measured, measure, read_measured
+from nuclei_d2.study.plan import Other, Run, Study, config_hash, load_run_config
 from nuclei_d2.study.schedule import read_metrics
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
@@ -42,6 +44,27 @@ def collect_run(run: Run, schedule: tuple[str, ...], folder: Path, output: Path)
     if run.has_decoder:
         content["decoder"] = yaml.safe_load((folder / "tuned.yaml").read_text())["MODEL"]["UNET"]
     write_json(output / "run.json", content)
+
+
+def collect_other(study: Study, other: Other) -> None:
+    """Measure another program's predictions; what is measured already stays.
+
+    All of them count, whatever their scores.
+
+    Raises:
+        NucleiError: there are none, or they do not fit the test set.
+    """
+    task = study.tasks[other.task]
+    cfg = load_config()
+    truth = str(annotation_file(task.test[0], cfg))
+    for seed, predictions in enumerate(other.predictions):
+        folder = study.results_dir / task.name / other.name / f"seed{seed}"
+        if (folder / "run.json").is_file():
+            continue
+        tests = {task.test[0]: (truth, predictions)}
+        measure(None, tests, str(folder), cfg.TEST.DETECTIONS_PER_IMAGE)
+        seconds = None if other.minutes is None else 60 * other.minutes
+        write_json(folder / "run.json", {"training": {"seconds": seconds}})
 
 
 def training_seconds(rows: list[dict[str, Any]]) -> list[float]:

@@ -17,7 +17,7 @@ from nuclei_d2.study.statistics import Estimate, estimate
 from nuclei_d2.study.tables import TOUCHING_NAMES
 from nuclei_d2.utils.files import atomic_path
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; then again with other markers.
+# Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP"
 _STYLE = {
@@ -68,7 +68,7 @@ def _look(findings: Findings, model: str) -> dict[str, str]:
     k = names.index(model)
     return {
         "color": _COLOURS[k % len(_COLOURS)],
-        "marker": _MARKERS[k // len(_COLOURS) % len(_MARKERS)],
+        "marker": _MARKERS[k % len(_MARKERS)],
         "label": findings.study.model_title(model),
     }
 
@@ -94,12 +94,12 @@ def _draw_differences(ax: Axes, findings: Findings) -> None:
         )
         ax.plot(change.seeds, [row - 0.18] * len(change.seeds), ".", color=colour, alpha=0.6)
     ax.axvline(0, color="0.6", linewidth=0.8)
-    names = [_wrapped(f"minus {study.model_title(c.second)}") for c, _ in known]
+    names = [_wrapped(study.model_title(c.second)) for c, _ in known]
     ax.set_yticks(range(len(known)), names)
     ax.set_ylim(-0.6, max(len(known), 1) - 0.4)
     firsts = {study.model_title(c.first): None for c, _ in known}
     ax.set_xlabel("difference of boundary AP, points")
-    ax.set_title(_wrapped(f"{', '.join(firsts)} minus another", 40), fontsize=9)
+    ax.set_title(_wrapped(f"{', '.join(firsts)} minus", 40), fontsize=9)
 
 
 def _wrapped(text: str, width: int = 22) -> str:
@@ -144,6 +144,8 @@ def _draw_pareto(ax: Axes, findings: Findings) -> None:
     if front:
         ax.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=0.8)
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:.2g}")
     ax.set_xlabel("seconds per megapixel (network and post-processing)")
     ax.set_ylabel("TP / (TP + FP + FN), mean over IoU 0.5-0.9")
 
@@ -171,11 +173,16 @@ def _draw_sizes(ax: Axes, findings: Findings) -> None:
 
 def _draw_touching(ax: Axes, findings: Findings) -> None:
     for model in findings.models(findings.main):
-        merges = findings.by_touching(findings.main, model, "merges")
-        ax.plot(range(len(merges)), [e.value for e in merges], **_look(findings, model))
+        look = _look(findings, model)
+        merges, splits = (
+            [e.value for e in findings.by_touching(findings.main, model, metric)]
+            for metric in ("merges", "splits")
+        )
+        ax.plot(range(len(merges)), merges, **look)
+        ax.plot(range(len(splits)), splits, ":", **{**look, "label": None, "markersize": 3})
     ax.set_xticks(range(len(TOUCHING_NAMES)), TOUCHING_NAMES)
     ax.set_xlabel("nuclei of the image that touch another one")
-    ax.set_ylabel("merges per 100 nuclei")
+    ax.set_ylabel("merges (lines), splits (dots), per 100 nuclei")
 
 
 def _ladders(findings: Findings) -> list[Callable[[Axes, Findings], None]]:
