@@ -23,7 +23,7 @@ _NORMAL_MAD = 0.6745  # median of |x| for x ~ N(0, 1)
 _TINY = 1e-20  # grey levels; keeps the scale of an all-black image finite in float32
 _MAX_LEVELS = 1 << 20  # integer images with a wider range are sorted instead of counted
 _MAX_SAMPLES = 1 << 24  # values of an image whose levels cannot be counted band by band
-_BAND_ROWS, _BAND_PIXELS = 256, 1 << 24  # least rows (of whole tiles) and usual size of a band
+_BAND_ROWS, _BAND_PIXELS = 256, 1 << 22  # least rows (of whole tiles) and usual size of a band
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
