@@ -35,6 +35,7 @@ from nuclei_d2.inference.tta import UPRIGHT, VIEWS, vote
 from nuclei_d2.utils.errors import NucleiError
 
 _SEAM_AGREEMENT, _SEAM_NUCLEI = 0.8, 20  # below the first, among at least so many, is a warning
+_SIZE_RATIO = 2.0  # between the nuclei's diameter and the model's; more is a warning
 _SHOW_TILES = 8  # images of at least so many tiles get a progress bar of their own
 
 
@@ -138,7 +139,8 @@ class NucleiPipeline:
         grid = make_grid(source.size, scale, self.options.tile, self.options.overlap)
         results = self._find_in_tiles(image, grid, folder)
         nuclei, seams = merge_tiles(results, grid)
-        diameters = np.sqrt(4 / np.pi * nuclei.areas)
+        diameter = float(np.median(np.sqrt(4 / np.pi * nuclei.areas))) if len(nuclei) else None
+        warnings = self._warnings(results, seams, grid)
         record = {
             "file": str(source.path),
             "description": source.description,
@@ -152,7 +154,7 @@ class NucleiPipeline:
                 "high": image.contrast.low + image.contrast.span,
             },
             "nuclei": len(nuclei),
-            "median_diameter_px": float(np.median(diameters)) if len(nuclei) else None,
+            "median_diameter_px": diameter,
             "tiles": {
                 "count": len(grid.tiles),
                 "capped": sum(result.capped for result in results),
@@ -160,7 +162,7 @@ class NucleiPipeline:
                 "seam_nuclei": seams.nuclei,
                 "seam_agreement": seams.agreed / seams.nuclei if seams.nuclei else None,
             },
-            "warnings": self._warnings(results, seams, grid),
+            "warnings": warnings + self._size_warnings(diameter, choice.factor),
             "seconds": round(time.perf_counter() - start, 3),
         }
         return Prediction(nuclei, record)
@@ -187,12 +189,12 @@ class NucleiPipeline:
         )
 
     def _find_in_tiles(self, image: "_Image", grid: Grid, folder: Path | None) -> list[TileResult]:
-        inputs = {}
+        bar = {"unit": "tile", "leave": False, "disable": len(grid.tiles) < _SHOW_TILES}
+        inputs, results = {}, []
         if len(grid.tiles) > 1 and self._network.needs_survey:
-            inputs = self._network.survey((tile, image.read(grid, tile)) for tile in grid.tiles)
-        results = []
-        hidden = len(grid.tiles) < _SHOW_TILES
-        for tile in tqdm(grid.tiles, unit="tile", leave=False, disable=hidden):
+            tiles = tqdm(grid.tiles, "grey levels", **bar)
+            inputs = self._network.survey((tile, image.read(grid, tile)) for tile in tiles)
+        for tile in tqdm(grid.tiles, **bar):
             file = folder and folder / "tile_{}_{}.npz".format(*tile.index)
             result = load_result(file, tile, grid) if file else None
             if result is None:
@@ -239,6 +241,17 @@ class NucleiPipeline:
                 "both see; use a larger --overlap"
             )
         return warnings
+
+    def _size_warnings(self, diameter: float | None, factor: float) -> list[str]:
+        model_diameter = self.cfg.INPUT.NUCLEUS_DIAMETER
+        if not diameter or not model_diameter > 0:
+            return []
+        if 1 / _SIZE_RATIO <= diameter * factor / model_diameter <= _SIZE_RATIO:
+            return []
+        return [
+            f"the nuclei, {diameter:.3g} px wide, are at scale {factor:.3g} far from the model's, "
+            f"{model_diameter:.3g} px; give their --diameter"
+        ]
 
 
 class _Image(NamedTuple):

@@ -181,6 +181,15 @@ def test_a_given_diameter_sets_the_scale(field):
     assert record["scale"] == 2
 
 
+def test_nuclei_of_another_size_than_the_models_are_reported(field):
+    for model_diameter, far in (("12", False), ("40", True), ("4", True)):
+        opts = ("INPUT.NUCLEUS_DIAMETER", model_diameter)
+        _, record = pipeline(*opts, diameter=float(model_diameter))(field)
+        assert record["scale"] == 1
+        assert bool(record["warnings"]) == far
+        assert all("--diameter" in warning for warning in record["warnings"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
