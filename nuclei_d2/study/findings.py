@@ -93,6 +93,18 @@ class Findings:
         seconds = self.cost(task, model, "training", "seconds")
         return None if seconds is None else seconds / 60
 
+    def machines(self) -> list[str]:
+        """Device, threads and PyTorch of the runs, each combination once."""
+        machines: dict[str, None] = {}
+        for run in self.results:
+            device, threads, torch = (
+                run.cost("hardware", key) for key in ("device", "threads", "torch")
+            )
+            threads = threads and f"{threads} CPU thread{'s' if threads > 1 else ''}"
+            torch = torch and f"PyTorch {torch}"
+            machines[", ".join(part for part in (device, threads, torch) if part)] = None
+        return [machine for machine in machines if machine]
+
     def best(self, task: Task, models: Sequence[str], metric: str = "accuracy") -> str | None:
         """The model with the highest value on the task's first test set."""
         values = {name: self.estimate(task, task.test[0], name, metric) for name in models}

@@ -242,13 +242,8 @@ def _training(findings: Findings) -> str:
 
 
 def _hardware(findings: Findings) -> str:
-    machines: dict[str, None] = {}  # in order, each once
-    for run in findings.results:
-        device, threads, torch = (run.cost("hardware", k) for k in ("device", "threads", "torch"))
-        parts = [device, threads and _count(threads, "CPU thread"), torch and f"PyTorch {torch}"]
-        machines[", ".join(part for part in parts if part)] = None
-    named = [machine for machine in machines if machine]
-    return f"{'; '.join(named)}." if named else "Not recorded."
+    machines = findings.machines()
+    return f"{'; '.join(machines)}." if machines else "Not recorded."
 
 
 def _equal_time(findings: Findings) -> str:

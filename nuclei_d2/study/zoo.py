@@ -122,8 +122,8 @@ def render_readme_block(findings: Findings, page: str) -> str:
     header += ["TP / (TP + FP + FN) at IoU 0.5, 0.75"]
     train = listed([f"`{name}`" for name in task.train])
     return (
-        f"Trained from scratch on {train}, {means}; numbers on\n"
-        f"`{task.test[0]}` ({len(images.images)} images, {nuclei:,} nuclei):\n\n"
+        f"Trained from scratch on {train} ({'; '.join(findings.machines())}), {means};\n"
+        f"numbers on `{task.test[0]}` ({len(images.images)} images, {nuclei:,} nuclei):\n\n"
         f"{markdown(header, rows)}\n\n"
         f"[The study]({page}) says what these numbers mean, and how sure they are."
     )

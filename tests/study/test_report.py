@@ -198,9 +198,10 @@ def test_the_readme_gets_its_block(make_study, fabricate, tmp_path):
     fabricate(study, {"mask_rcnn": 1.0, "unet": 2.0})
     write_report(study, "study.yaml")
     text = readme.read_text()
-    assert text.startswith(
-        "before\n<!-- results -->\nTrained from scratch on `tiny_train`, means of 2"
+    start = (
+        "before\n<!-- results -->\nTrained from scratch on `tiny_train` (Test CPU, 2 CPU threads, "
     )
+    assert text.startswith(f"{start}PyTorch 0.0), means of 2 seeds;\n")
     assert text.endswith("<!-- /results -->\nafter\n")
     assert "(6 images, 72 nuclei)" in text
     assert "old" not in text
