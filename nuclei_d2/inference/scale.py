@@ -15,8 +15,9 @@ from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
 from nuclei_d2.inference.image_source import ImageSource
 from nuclei_d2.utils.errors import NucleiError
 
-# The automatic choice looks at windows of this side, in pixels after scaling, at these scales.
-VIEW = 256
+# The automatic choice looks at windows of up to so many of the model's diameters, at these scales
+# but those at which the whole image would be smaller than LEAST_VIEW diameters.
+VIEW, LEAST_VIEW = 12.5, 3.0
 FACTORS = tuple(2 ** (half_octaves / 2) for half_octaves in range(-6, 5))  # 1/8 to 4
 # Standard deviation of the logarithm of the diameters that are taken for usual: much wider than
 # one image's, so that what the model finds decides, unless its size is absurd.
@@ -25,7 +26,8 @@ _SPREAD = 1.0
 _LEAST_EVIDENCE = 0.1
 # The search ends where this many factors in a row have less than this share of the best evidence.
 _PATIENCE, _SHARE = 2, 0.6
-_PROBES = 5  # along each side of a part of the image in which nothing was found yet
+# Probes along each side of a part of the image in which nothing was found yet, and their side.
+_PROBES, _PROBE_SIDE = 5, 256
 
 
 class ScaleChoice(NamedTuple):
@@ -174,8 +176,11 @@ def estimate_factor(
     found = Found(np.zeros((0, 2)), np.zeros(0), np.zeros(0))
     evidence, ratios, widths = np.zeros(0), [], []
     level, best, behind = 0.0, -math.inf, 0
-    for factor in FACTORS:
-        window = _richest(source, window, math.ceil(VIEW / factor), found.centres, evidence)
+    least_factor = LEAST_VIEW * model_diameter / min(source.size)
+    factors = [factor for factor in FACTORS if factor >= least_factor] or [1.0]
+    for factor in factors:
+        side = math.ceil(VIEW * model_diameter / factor)
+        window = _richest(source, window, side, found.centres, evidence)
         before = evidence[window.contains(found.centres)].sum()
         found = find(window, factor)
         seen = found.diameters * factor / model_diameter  # 1: as in training
@@ -192,7 +197,7 @@ def estimate_factor(
     if best == -math.inf:
         return 1.0, 0.0
     chosen = int(np.argmax(ratios))
-    return FACTORS[chosen], widths[chosen]
+    return factors[chosen], widths[chosen]
 
 
 def _richest(
@@ -215,7 +220,7 @@ def _most_contrast(source: ImageSource, window: Window) -> tuple[float, float]:
         for y in steps
         for x in steps
     ]
-    return max(centres, key=lambda c: source.read(*window.crop(c, VIEW).slices).std())
+    return max(centres, key=lambda c: source.read(*window.crop(c, _PROBE_SIDE).slices).std())
 
 
 def make_finder(

@@ -179,9 +179,24 @@ def test_the_view_is_bounded_and_follows_the_nuclei():
     image, world = Image((5000, 6000), pixels=pixels), World(centres, 10)
     assert estimate_factor(image, MODEL_DIAMETER, world) == (2.0, 10)
     for window, factor in world.calls:
-        assert max(window.height, window.width) <= math.ceil(VIEW / factor)
+        assert max(window.height, window.width) <= math.ceil(VIEW * MODEL_DIAMETER / factor)
         assert window.contains(centres).any()
     assert image.read_pixels < 0.5 * 5000 * 6000
+
+
+def test_a_small_image_is_not_taken_for_one_nucleus():
+    """Seen as large as one nucleus, a whole field may look like one."""
+    world = World(grid_of(120, 20), 10)
+    finder = lambda window, factor: (  # noqa: E731
+        World.found(np.array([(60, 60)]), 100, 0.9) if factor < 0.2 else world(window, factor)
+    )
+    assert estimate_factor(Image((120, 120)), MODEL_DIAMETER, finder) == (2.0, 10)
+
+
+def test_an_image_smaller_than_a_few_nuclei_is_looked_at_as_it_is():
+    world = World([(7, 7)], 12)
+    assert estimate_factor(Image((14, 14)), MODEL_DIAMETER, world) == (1.0, 12)
+    assert [factor for _, factor in world.calls] == [1.0]
 
 
 def test_the_search_ends_behind_the_best():
