@@ -16,6 +16,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as mask_util
 
 from nuclei_d2.data.datasets.coco import mask_to_rle, split_masks
+from nuclei_d2.evaluation.coco_parts import cut_into_parts
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 
@@ -84,7 +85,8 @@ def coco_ap(truth: COCO, predictions: Sequence[dict], task: str, max_dets: int) 
         return _no_predictions(truth, names)
     if task == "segm":  # with a box, loadRes takes its area for the mask's
         predictions = [{k: v for k, v in p.items() if k != "bbox"} for p in predictions]
-    found = truth.loadRes(list(predictions))
+    truth, predictions = cut_into_parts(truth, predictions, task, max_dets)
+    found = truth.loadRes(predictions)
     scorer = COCOeval_faster(truth, found, task, print_function=_logger.debug)
     scorer.params.maxDets = [max_dets]
     scorer.params.areaRng = [list(r) for r in AREA_RANGES.values()]
