@@ -14,7 +14,7 @@ import yaml
 from nuclei_d2.config import load_config
 from nuclei_d2.study.datasets import annotation_file
 from nuclei_d2.study.measure import Measured, measure, read_measured
-from nuclei_d2.study.plan import Other, Run, Study, config_hash, load_run_config
+from nuclei_d2.study.plan import Other, Run, Study, load_run_config, settings
 from nuclei_d2.study.schedule import read_metrics
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
@@ -30,7 +30,7 @@ def collect_run(run: Run, schedule: tuple[str, ...], folder: Path, output: Path)
     content: dict[str, Any] = {
         "config": run.model.config,
         "options": [*run.options, *schedule],
-        "config_hash": config_hash(cfg),
+        "settings": settings(cfg),
         "hardware": evaluation.get("hardware"),
         "model": evaluation.get("model"),
         "evaluation": evaluation.get("evaluation"),

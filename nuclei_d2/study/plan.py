@@ -1,8 +1,7 @@
 """What a study consists of: reads its YAML and lists the runs."""
 
 import difflib
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from detectron2.config import CfgNode
 from nuclei_d2.config import load_config
 from nuclei_d2.study.statistics import METRICS
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import jsonable
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,24 @@ def load_run_config(run: Run, schedule: tuple[str, ...]) -> CfgNode:
     return load_config(run.model.config, (*run.options, *schedule))
 
 
-def config_hash(cfg: CfgNode) -> str:
-    """Fingerprint of everything in a config but where its outputs go."""
-    cfg = cfg.clone()
-    cfg.OUTPUT_DIR = ""
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()[:16]
+def settings(cfg: CfgNode) -> dict[str, Any]:
+    """Every key of a config, as in ``SOLVER.BASE_LR``, with its value; but for OUTPUT_DIR."""
+    flat = dict(_flatten(cfg))
+    del flat["OUTPUT_DIR"]
+    return jsonable(flat)
+
+
+def _flatten(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in sorted(cfg):
+        if isinstance(cfg[key], CfgNode):
+            yield from _flatten(cfg[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", cfg[key]
+
+
+def changed_setting(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first key that has another value now; keys that only one has are those of a version."""
+    return next((key for key in now if key in before and before[key] != now[key]), None)
 
 
 # ------------------------------------------------------------------------------ reading

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nuclei_d2.doctor import usable_cores
 from nuclei_d2.study.collect import collect_run, read_json
 from nuclei_d2.study.datasets import annotation_file
-from nuclei_d2.study.plan import Run, Study, config_hash, load_run_config
+from nuclei_d2.study.plan import Run, Study, changed_setting, load_run_config, settings
 from nuclei_d2.study.schedule import (
     CALIBRATION_ITERATIONS,
     calibration_options,
@@ -95,7 +95,7 @@ class Runner:
         begun = self.folder(run) / "plan.json"
         for path in (done, begun):
             if path.is_file() and schedule is not None:
-                _check_hash(path, run, schedule)
+                _check_settings(path, run, schedule)
         if done.is_file() and not self._unmeasured(run):
             return "done"
         return "begun" if begun.is_file() else "waiting"
@@ -114,9 +114,10 @@ class Runner:
         done = len(runs) - len(todo)
         failed = []
         self._stopped = False
+        futures: dict[Future, Run] = {}
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = {pool.submit(self._execute, run): run for run in todo}
             try:
+                futures |= {pool.submit(self._execute, run): run for run in todo}
                 with tqdm(total=len(runs), initial=done, desc=self.study.name, unit="run") as bar:
                     for future in as_completed(futures):
                         if not _report(futures[future], future, say):
@@ -126,7 +127,7 @@ class Runner:
                 self._stop(futures)
         return failed
 
-    def _stop(self, futures: Sequence[Future]) -> None:
+    def _stop(self, futures: Iterable[Future]) -> None:
         self._stopped = True
         for future in futures:
             future.cancel()
@@ -153,11 +154,10 @@ class Runner:
     def _record_plan(self, run: Run, schedule: tuple[str, ...]) -> None:
         path = self.folder(run) / "plan.json"
         if path.is_file():
-            _check_hash(path, run, schedule)
+            _check_settings(path, run, schedule)
         else:
-            options = [*run.options, *schedule]
-            content = {"config_hash": _hash(run, schedule), "options": options}
-            write_json(path, content)
+            now = settings(load_run_config(run, schedule))
+            write_json(path, {"options": [*run.options, *schedule], "settings": now})
 
     def _train(self, run: Run, schedule: tuple[str, ...], lock: int) -> None:
         folder = self.folder(run)
@@ -310,15 +310,13 @@ def _predictions(folder: Path, name: str) -> Path:
     return folder / "evaluation" / "inference" / name / "coco_instances_results.json"
 
 
-def _hash(run: Run, schedule: tuple[str, ...]) -> str:
-    return config_hash(load_run_config(run, schedule))
-
-
-def _check_hash(path: Path, run: Run, schedule: tuple[str, ...]) -> None:
-    if read_json(path)["config_hash"] != _hash(run, schedule):
+def _check_settings(path: Path, run: Run, schedule: tuple[str, ...]) -> None:
+    before, now = read_json(path)["settings"], settings(load_run_config(run, schedule))
+    key = changed_setting(before, now)
+    if key is not None:
         raise NucleiError(
-            f"{path}: this run was made with other settings than {run.model.config} and the study "
-            "give now; undo the change, remove that folder, or use other --output and --results"
+            f"{path}: made with {key} {before[key]}, now it is {now[key]}; undo the change, remove "
+            "that folder, or use other --output and --results"
         )
 
 

@@ -1,9 +1,11 @@
 """Reading a study file, and the runs it stands for."""
 
+import json
+
 import pytest
 from tiny import CONFIGS, REPOSITORY
 
-from nuclei_d2.study.plan import config_hash, load_run_config, load_study
+from nuclei_d2.study.plan import changed_setting, load_run_config, load_study, settings
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -47,13 +49,18 @@ def test_the_model_has_the_last_word_on_options(study_file):
     assert (cfg.INPUT.SCALE, cfg.SOLVER.BASE_LR) == (3.0, 0.5)
 
 
-def test_the_fingerprint_of_a_config_is_that_of_its_settings(study_file):
-    first, *_, other = load_study(study_file()).runs()
-    assert config_hash(load_run_config(first, ())) == config_hash(first.cfg)
-    moved = load_run_config(first, ("OUTPUT_DIR", "elsewhere"))
-    assert config_hash(moved) == config_hash(first.cfg)
-    changed = load_run_config(first, ("TEST.DETECTIONS_PER_IMAGE", "7"))
-    assert len({config_hash(cfg) for cfg in (first.cfg, changed, other.cfg)}) == 3
+def test_a_changed_setting_is_found_and_a_new_key_is_none(study_file):
+    run = load_study(study_file()).runs()[1]
+    before = settings(run.cfg)
+    assert before["TEST.DETECTIONS_PER_IMAGE"] == 600
+    assert before["DATASETS.TRAIN"] == ["tiny_train"]  # as JSON has it
+    assert json.loads(json.dumps(before)) == before
+    moved = settings(load_run_config(run, ("OUTPUT_DIR", "elsewhere")))
+    assert changed_setting(before, moved) is None
+    changed = settings(load_run_config(run, ("TEST.DETECTIONS_PER_IMAGE", "7")))
+    assert changed_setting(before, changed) == "TEST.DETECTIONS_PER_IMAGE"
+    del before["TEST.DETECTIONS_PER_IMAGE"]  # of a version that did not have it
+    assert changed_setting(before, changed) is None
 
 
 @pytest.mark.parametrize(

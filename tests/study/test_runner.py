@@ -79,7 +79,7 @@ def test_other_settings_are_refused(make_runner):
     runner = make_runner()
     runner.run_all(runner.study.runs())
     changed = make_runner(options={"SOLVER.BASE_LR": 0.5})
-    with pytest.raises(NucleiError, match="made with other settings"):
+    with pytest.raises(NucleiError, match=r"made with SOLVER.BASE_LR 0.0\d+, now it is 0.5"):
         changed.run_all(changed.study.runs())
 
 
@@ -109,7 +109,7 @@ def test_a_budget_is_calibrated_once_for_each_model(make_runner, calls):
         plan = read(runner.folder(run) / "plan.json")
         assert "600" in plan["options"]
     other = make_runner(budget=6)
-    with pytest.raises(NucleiError, match="made with other settings"):
+    with pytest.raises(NucleiError, match=r"made with SOLVER.\w+ \d+, now it is"):
         other.run_all(runs)
 
 
@@ -152,5 +152,6 @@ def test_an_interrupt_ends_the_processes(make_runner, monkeypatch):
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         runner.run_all(runner.study.runs())
-    assert time.monotonic() - started < 30
-    assert not runner._processes
+    while runner._processes:  # the last thread may have to notice
+        assert time.monotonic() - started < 30
+        time.sleep(0.01)
