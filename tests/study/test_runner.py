@@ -138,6 +138,15 @@ def test_a_run_that_another_process_does_is_left_alone(make_runner):
     assert runner.run_all([run]) == []
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt; a shell's background jobs are started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_processes(make_runner, monkeypatch):
     runner = make_runner()
     sleeper = (sys.executable, "-c", "import time; time.sleep(60)")
