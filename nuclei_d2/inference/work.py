@@ -117,9 +117,16 @@ class SharedWork:
             if len(busy) == len(waiting):
                 time.sleep(min(1.0, self.lost_after / 10))
             waiting = busy
-        for claim in (self.folder / "claims").iterdir():  # of processes that were lost just then
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what processes that were lost have left of items that are finished."""
+        for claim in (self.folder / "claims").iterdir():
             if self.is_finished(claim.name.rpartition(".")[0]):
                 claim.unlink(missing_ok=True)
+        for half in (self.folder / "records").glob(".*.tmp.json"):  # as atomic_path calls it
+            if self.is_finished(half.name[1:].rsplit(".", 3)[0]):
+                half.unlink(missing_ok=True)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:

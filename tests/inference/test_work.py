@@ -143,13 +143,17 @@ def test_a_silent_claim_of_another_machine_is_lost(tmp_path, content):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-def test_the_claim_of_a_process_that_was_lost_after_its_record_goes_at_the_end(tmp_path):
+def test_what_lost_processes_left_goes_at_the_end(tmp_path):
     shared = SharedWork(tmp_path)
     shared.record("image 0", {})
     for name in ("image 0.0", "image 9.0"):  # the second item is not finished
         (tmp_path / "claims" / name).write_text("elsewhere 1")
+    (tmp_path / "records" / ".image 1.77.tmp.json").write_text("{")
     do_all(shared)
     assert [path.name for path in (tmp_path / "claims").iterdir()] == ["image 9.0"]
+    assert sorted(path.name for path in (tmp_path / "records").iterdir()) == [
+        f"{name}.json" for name in NAMES
+    ]
 
 
 def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
