@@ -208,12 +208,11 @@ def _is_running(pid: int) -> bool:
 
 
 def worker_place() -> tuple[int, int, int]:
-    """Rank, world size and rank on this machine, from ``torch.distributed`` or its environment.
+    """Rank, world size and rank on this machine; 0, 1, 0 for a process of its own.
 
-    Detectron2's ``launch`` makes a process group; torchrun and SLURM scripts set RANK, WORLD_SIZE
-    and LOCAL_RANK. Without any of them it is 0, 1, 0.
+    torchrun tells them in the environment, Detectron2's ``launch`` in a process group.
     """
-    if comm.get_world_size() > 1:
+    if "RANK" not in os.environ and comm.get_world_size() > 1:
         return comm.get_rank(), comm.get_world_size(), comm.get_local_rank()
     values = (os.environ.get(name, default) for name, default in _ENVIRONMENT.items())
     return tuple(map(int, values))

@@ -90,7 +90,7 @@ def test_the_unets_differ_by_target_and_losses_alone():
         two_class = load_config(str(folder / "unet.yaml"))
         for name in ("unet_boundary", "unet_boundary_caicedo", "unet_distance"):
             cfg = load_config(str(folder / f"{name}.yaml"))
-            for key in ("TARGET", "BOUNDARY", "CLASS_WEIGHTS", "DICE_WEIGHT"):
+            for key in ("TARGET", "BOUNDARY", "CLASS_WEIGHTS", "DICE_WEIGHT", "DECODER"):
                 cfg.MODEL.UNET[key] = two_class.MODEL.UNET[key]
             cfg.OUTPUT_DIR = two_class.OUTPUT_DIR
             assert cfg == two_class

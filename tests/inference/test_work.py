@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nuclei_d2.inference import work
-from nuclei_d2.inference.work import SharedWork
+from nuclei_d2.inference.work import SharedWork, worker_place
 from nuclei_d2.utils.errors import NucleiError
 
 NAMES = [f"image {k}" for k in range(6)]
@@ -163,6 +163,13 @@ def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
         claim = tmp_path / "claims" / "a.0"
         os.utime(claim, (1, 1))
         wait_for(lambda: claim.stat().st_mtime > 1)
+
+
+def test_the_place_among_the_processes(monkeypatch):
+    assert worker_place() == (0, 1, 0)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert worker_place() == (5, 8, 1)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
