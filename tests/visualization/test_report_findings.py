@@ -53,32 +53,35 @@ def test_the_second_best_is_what_the_best_is_compared_with():
     found = answer(QUESTIONS[1], ["a", "b", "c"], Statistics([5, 9, 7], change))
     assert asked == [(2, 1)]
     assert found.question == "Which merges most nuclei?"
-    assert found.name == "b"
+    assert found.headline == "b"
     assert found.sentence == "9 merges (interval 1) against 7 of c, 5 of a."
-    assert found.verdict == "A clear difference"
-    assert found.difference == "the difference, +2 (+1 to +3), excludes 0."
+    assert found.difference == "A clear difference, +2 (+1 to +3): it excludes 0."
 
 
 def test_what_may_be_chance_is_said_to_be():
     unsure = Statistics([7, 6], lambda first, second: Change("+1", "-1 to +3", False))
     found = answer(QUESTIONS[1], ["a", "b"], unsure)
     assert found.question == "Which merges more nuclei?"
-    assert (found.name, found.verdict) == ("a", "Too close to call")
-    assert found.difference == "the difference, +1 (-1 to +3), does not exclude 0."
+    assert found.headline == "Too close to call"
+    assert found.sentence == "a: 7 merges (interval 0) against 6 of b."
+    chance = "The difference, +1 (-1 to +3), may be chance: it does not exclude 0."
+    assert found.difference == chance
 
 
 def test_equal_sets_and_one_alone():
     found = answer(QUESTIONS[1], ["a", "b", "c"], Statistics([7, 3, 7]))
-    assert (found.name, found.verdict) == ("a and c", "")
+    assert (found.headline, found.difference) == ("a and c", "")
     assert found.sentence == "7 merges each against 3 of b."
+    found = answer(QUESTIONS[1], ["a", "b"], Statistics([7, 7]))
+    assert (found.headline, found.sentence) == ("No difference", "7 merges each.")
     found = answer(QUESTIONS[2], ["a"], Statistics([4]))
     assert found.question == "How often does it split nuclei?"
-    assert (found.name, found.sentence) == ("a", "4 splits (interval 0).")
+    assert (found.headline, found.sentence) == ("a", "4 splits (interval 0).")
 
 
 def test_nothing_to_measure():
     found = answer(QUESTIONS[0], ["a"], Statistics([np.nan]))
-    assert (found.name, found.verdict) == ("", "")
+    assert (found.headline, found.difference) == ("", "")
     assert "Nothing to measure" in found.sentence
 
 

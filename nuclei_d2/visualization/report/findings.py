@@ -8,7 +8,7 @@ import numpy as np
 from nuclei_d2.evaluation.bootstrap import bootstrap_intervals, paired_differences
 from nuclei_d2.evaluation.boundary_ap import RECALLS, ScoredImage, precision_curve
 from nuclei_d2.evaluation.comparison import Evaluation
-from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
+from nuclei_d2.evaluation.matching import CONTACT_IOU, DETECTION_IOU, IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import Path, ScoreTable
 
 MAIN: Path = ("pooled", "f1", "mean")
@@ -88,6 +88,15 @@ METRICS = (
         False,
     ),
 )
+
+# The words of the answers, where they are read first.
+WORDS = {
+    "merge": f"a prediction that covers several nuclei (IoU above {CONTACT_IOU} with each)",
+    "split": f"a nucleus cut into several predictions (IoU above {CONTACT_IOU} with each)",
+    "missed": f"a nucleus without a prediction of IoU above {DETECTION_IOU}",
+    "spurious": f"a prediction without a nucleus of IoU above {DETECTION_IOU}",
+    "IoU": "the area that two outlines share, divided by the area that either covers",
+}
 
 
 # ----------------------------------------------------------------------------- numbers
@@ -188,17 +197,16 @@ QUESTIONS = (
 
 
 class Answer(NamedTuple):
-    """A set's name, and the sentence that goes on behind it."""
+    """A headline, and what stands behind it."""
 
     question: str
-    name: str  # of the set with the highest value; several where they have the same
+    headline: str  # who it is; or that nobody can tell
     sentence: str
-    verdict: str = ""  # whether the difference is more than chance; empty without one
-    difference: str = ""  # why
+    difference: str = ""  # whether it is more than chance; empty without one
 
 
 def answer(question: Question, names: Sequence[str], statistics: Statistics) -> Answer:
-    """Which of the named sets has the highest value, and what speaks for it."""
+    """Which of the named sets has the highest value, unless that could be chance."""
     path = question.path
     asked = (question.of_one, question.of_two, question.of_many)[min(len(names), 3) - 1]
     values = statistics.values(path)
@@ -212,16 +220,17 @@ def answer(question: Question, names: Sequence[str], statistics: Statistics) -> 
     against = ", ".join(f"{shown[k]} of {names[k]}" for k in others)
     against = f" against {against}." if others else "."
     if len(best) > 1:
-        return Answer(asked, name, f"{shown[best[0]]} {question.noun} each{against}")
+        headline = name if others else "No difference"
+        return Answer(asked, headline, f"{shown[best[0]]} {question.noun} each{against}")
     sentence = f"{shown[best[0]]} {question.noun} ({statistics.interval(best[0], path)}){against}"
     if not others:
         return Answer(asked, name, sentence)
     change = statistics.change(others[0], best[0], path)
-    difference = f"the difference, {change.value} ({change.interval}),"
+    difference = f"{change.value} ({change.interval})"
     if change.is_clear:
-        return Answer(asked, name, sentence, "A clear difference", f"{difference} excludes 0.")
-    verdict = "Too close to call", f"{difference} does not exclude 0."
-    return Answer(asked, name, sentence, *verdict)
+        return Answer(asked, name, sentence, f"A clear difference, {difference}: it excludes 0.")
+    chance = f"The difference, {difference}, may be chance: it does not exclude 0."
+    return Answer(asked, "Too close to call", f"{name}: {sentence}", chance)
 
 
 # ------------------------------------------------------------------------------ curves

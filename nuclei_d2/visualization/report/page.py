@@ -21,6 +21,7 @@ from nuclei_d2.visualization.report.charts import Axis, bar_chart, line_chart, m
 from nuclei_d2.visualization.report.findings import (
     METRICS,
     QUESTIONS,
+    WORDS,
     Statistics,
     answer,
     by_threshold,
@@ -81,6 +82,7 @@ def render_report(
         markers=[marker(k) for k in range(len(names))],
         level=f"{LEVEL:.0%}",
         answers=[answer(question, names, statistics) for question in QUESTIONS],
+        words=WORDS,
         n_images=evaluations[0].table.n_images,
         n_nuclei=sum(image.n_gt for image in evaluations[0].images),
         warnings=list(dict.fromkeys(w for e in evaluations for w in e.warnings)),
