@@ -3,6 +3,7 @@
 Pictures are (H, W, 3) uint8 RGB. Every function returns a new one.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -15,6 +16,7 @@ from skimage.measure import find_contours
 from nuclei_d2.data.datasets.coco import BoxedMask, label_image_to_masks, split_masks
 from nuclei_d2.data.image_io import normalize
 from nuclei_d2.structures import BoxedMasks, LabelMasks
+from nuclei_d2.structures.box_pairs import near_pairs
 
 # After Okabe & Ito, "Color Universal Design" (2008): distinct for colour-blind readers too. Black
 # is left out, orange (too close to vermilion on thin lines) as well, and the dark ones are lighter.
@@ -117,15 +119,15 @@ def neighbour_colors(boxes: np.ndarray) -> np.ndarray:
     Returns:
         (N, 3) uint8.
     """
-    chosen = np.zeros(len(boxes), np.intp)
-    lower, upper = boxes[:, :2], boxes[:, 2:] + _NEIGHBOUR_DISTANCE
-    used = np.zeros(len(PALETTE), np.intp)
-    for i in range(len(boxes)):
-        near = ((lower[:i] < upper[i]) & (lower[i] < upper[:i])).all(axis=1)
-        around = np.bincount(chosen[:i][near], minlength=len(PALETTE))
-        chosen[i] = np.lexsort((used, around))[0]
-        used[chosen[i]] += 1
-    return PALETTE[chosen]
+    earlier: list[list[int]] = [[] for _ in range(len(boxes))]
+    for i, j in near_pairs(boxes, _NEIGHBOUR_DISTANCE):
+        earlier[max(i, j)].append(min(i, j))
+    chosen, used, colors = [], [0] * len(PALETTE), range(len(PALETTE))
+    for near in earlier:
+        around = Counter(chosen[k] for k in near)
+        chosen.append(min(colors, key=lambda c, around=around: (around[c], used[c], c)))
+        used[chosen[-1]] += 1
+    return PALETTE[np.array(chosen, np.intp)]
 
 
 def draw_boundaries(

@@ -178,6 +178,29 @@ def test_neighbours_differ_while_there_are_colours(boxes):
             assert not (colors[:i][touching] == colors[i]).all(axis=1).any()
 
 
+def colours_by_comparing_all(boxes):
+    """The rule as it is said: each box against all before it."""
+    chosen = np.zeros(len(boxes), np.intp)
+    lower, upper = boxes[:, :2], boxes[:, 2:] + 6
+    used = np.zeros(len(PALETTE), np.intp)
+    for i in range(len(boxes)):
+        near = ((lower[:i] < upper[i]) & (lower[i] < upper[:i])).all(axis=1)
+        around = np.bincount(chosen[:i][near], minlength=len(PALETTE))
+        chosen[i] = np.lexsort((used, around))[0]
+        used[chosen[i]] += 1
+    return PALETTE[chosen]
+
+
+@pytest.mark.parametrize("count", [1, 10, 400])
+@pytest.mark.parametrize("step", [1, 0.25])
+def test_colours_are_those_of_comparing_all(count, step):
+    rng = np.random.default_rng(count)
+    corners = rng.integers(0, 300, (count, 2))
+    boxes = np.hstack([corners, corners + rng.integers(0, 60, (count, 2))]) * step
+    boxes[count // 2] = (0, 0, 300, 300)  # one around all others
+    np.testing.assert_array_equal(neighbour_colors(boxes), colours_by_comparing_all(boxes))
+
+
 def test_all_colours_are_used_where_nuclei_are_far_apart():
     boxes = np.array([(100 * k, 0, 100 * k + 10, 10) for k in range(len(PALETTE))])
     assert len(np.unique(neighbour_colors(boxes), axis=0)) == len(PALETTE)

@@ -8,6 +8,7 @@ from skimage.measure import regionprops
 
 from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
+from nuclei_d2.structures.box_pairs import near_pairs
 
 _BAND = 256  # rows; the image is read in bands of about so many
 # Columns without their unit, and scikit-image's names of them.
@@ -120,23 +121,10 @@ def count_touching(nuclei: Nuclei) -> np.ndarray:
         (N,) int64.
     """
     counts = np.zeros(len(nuclei), np.int64)
-    for i, j in _near_pairs(nuclei.boxes):
+    for i, j in near_pairs(nuclei.boxes, 1):
         if _touch(nuclei.masks[i], nuclei.masks[j]):
             counts[[i, j]] += 1
     return counts
-
-
-def _near_pairs(boxes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Each pair of (N, 4) boxes (top, left, bottom, right) that overlap or touch, once."""
-    order = np.argsort(boxes[:, 0], kind="stable")
-    tops, lefts, bottoms, rights = boxes[order].T
-    # Those that start between the top and the bottom of a box lie behind it without a gap.
-    ends = np.searchsorted(tops, bottoms, side="right")
-    for i, end in enumerate(ends.tolist()):
-        behind = slice(i + 1, end)
-        near = (lefts[behind] <= rights[i]) & (rights[behind] >= lefts[i])
-        for j in np.flatnonzero(near).tolist():
-            yield int(order[i]), int(order[i + 1 + j])
 
 
 def _touch(a: BoxedMask, b: BoxedMask) -> bool:
