@@ -55,7 +55,7 @@ def test_the_second_best_is_what_the_best_is_compared_with():
     assert found.question == "Which merges most nuclei?"
     assert found.headline == "b"
     assert found.sentence == "9 merges (interval 1) against 7 of c, 5 of a."
-    assert found.difference == "A clear difference, +2 (+1 to +3): it excludes 0."
+    assert found.difference == "A clear difference, +2 (+1 to +3): the interval excludes 0."
 
 
 def test_what_may_be_chance_is_said_to_be():
@@ -64,7 +64,7 @@ def test_what_may_be_chance_is_said_to_be():
     assert found.question == "Which merges more nuclei?"
     assert found.headline == "Too close to call"
     assert found.sentence == "a: 7 merges (interval 0) against 6 of b."
-    chance = "The difference, +1 (-1 to +3), may be chance: it does not exclude 0."
+    chance = "The difference, +1 (-1 to +3), may be chance: the interval holds 0."
     assert found.difference == chance
 
 

@@ -228,8 +228,10 @@ def answer(question: Question, names: Sequence[str], statistics: Statistics) -> 
     change = statistics.change(others[0], best[0], path)
     difference = f"{change.value} ({change.interval})"
     if change.is_clear:
-        return Answer(asked, name, sentence, f"A clear difference, {difference}: it excludes 0.")
-    chance = f"The difference, {difference}, may be chance: it does not exclude 0."
+        return Answer(
+            asked, name, sentence, f"A clear difference, {difference}: the interval excludes 0."
+        )
+    chance = f"The difference, {difference}, may be chance: the interval holds 0."
     return Answer(asked, "Too close to call", f"{name}: {sentence}", chance)
 
 
