@@ -12,7 +12,10 @@ stage contains.
 """
 
 import argparse
+import json
 import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,7 +26,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from benchmark_stages import BOUNDARY, OURS, PLAIN, STOCK, Job, Options, draw_images, run_apart
+from benchmark_stages import (
+    BOUNDARY,
+    OURS,
+    PLAIN,
+    STARDIST,
+    STOCK,
+    Job,
+    Options,
+    draw_images,
+    run_apart,
+)
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -80,6 +93,15 @@ def parse_args() -> argparse.Namespace:
         metavar="GB",
         help="of a measurement (default: half of what is free)",
     )
+    parser.add_argument(
+        "--stardist",
+        default="",
+        metavar="PYTHON",
+        help="measure StarDist beside us, from grey levels to the label image; the interpreter of "
+        "an environment with stardist and tensorflow. Both networks run in full, and what they "
+        "say is replaced by what a good network would: StarDist's is the untrained default with "
+        "32 rays on a 2 x 2 grid",
+    )
     parser.add_argument("--output", metavar="JSON")
     parser.add_argument("--plot", metavar="PNG", help="time and memory over nuclei, log-log")
     return parser.parse_args()
@@ -95,9 +117,18 @@ def main() -> None:
     jobs = [*growth_jobs(args), *(job for pair in promised.values() for job in pair)]
     if args.dataset:
         jobs = promised["data set"] = [Job("data set", rival, 0, 0, 0) for rival in (OURS, STOCK)]
+    if args.stardist:
+        check_stardist(args.stardist)
+        jobs += stardist_jobs(args)
     with tempfile.TemporaryDirectory() as folder:
         options = Options(
-            Path(folder), args.config_file, args.weights, args.dataset, args.threads, limit
+            Path(folder),
+            args.config_file,
+            args.weights,
+            args.dataset,
+            args.threads,
+            limit,
+            args.stardist,
         )
         for job in tqdm({job.data: job for job in jobs}.values(), "drawing"):
             draw_images(options.folder, job)
@@ -150,8 +181,53 @@ def promised_jobs(shrink: int) -> dict[str, list[Job]]:
     }
 
 
+def stardist_jobs(args: argparse.Namespace) -> list[Job]:
+    """500 nuclei in 1,024 x 1,024 pixels, and the images of the growth."""
+    images = [(max(1, 500 // args.shrink**2), 1024 // args.shrink)]
+    images += [(job.nuclei, job.size) for job in growth_jobs(args)]
+    return [
+        Job("label image", rival, nuclei, size)
+        for nuclei, size in dict.fromkeys(images)
+        for rival in (OURS, STARDIST)
+    ]
+
+
+def check_stardist(python: str) -> None:
+    """
+    Raises:
+        NucleiError: the interpreter is none, or has no StarDist.
+    """
+    try:
+        done = subprocess.run([python, "-c", "import stardist, tensorflow"], capture_output=True)
+    except OSError as error:
+        raise NucleiError(f"--stardist {python}: {error.strerror}") from None
+    if done.returncode:
+        install = f"{python} -m pip install stardist tensorflow-cpu"
+        raise NucleiError(f"--stardist {python} cannot import it: {install}")
+
+
+def run_stardist(job: Job, options: Options) -> dict[str, Any]:
+    """What benchmark_stardist.py measures, in the other interpreter."""
+    script = Path(__file__).with_name("benchmark_stardist.py")
+    files = [options.folder / f"{job.data}_0{end}.png" for end in ("", "_label")]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    command = [options.stardist, str(script), *map(str, files), str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise NucleiError(f"{job}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def run_job(job: Job | None, options: Options) -> dict[str, Any]:
     """Measure in a process of its own, which begins with the modules loaded and little else."""
+    if job and job.rival == STARDIST:
+        return run_stardist(job, options)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmark_stages"])
     receiver, sender = context.Pipe(duplex=False)
@@ -285,6 +361,7 @@ def print_summary(found: Found, summary: Mapping[str, Any]) -> None:
     for job, values in found.items():
         if job.rival in (OURS, BOUNDARY):
             other = STOCK if job.rival == OURS else PLAIN
+            other = STARDIST if job.stage == "label image" else other
             rival = next(
                 v for j, v in found.items()
                 if j == Job(job.stage, other, job.nuclei, job.size, job.images)
@@ -293,6 +370,9 @@ def print_summary(found: Found, summary: Mapping[str, Any]) -> None:
             rows.append([job.stage, f"{job.size}", job.nuclei, f"{job.rival} : {other}", *numbers])
     headers = ["stage", "pixels", "nuclei", "a : b", "a s", "b s", "a MB", "b MB"]
     print(f"\n{tabulate(rows, headers, disable_numparse=True)}")
+    for job, values in found.items():
+        if job.stage == "label image" and "error" not in values:
+            print(f"{job.rival} labelled {values['result']} of {job.nuclei} nuclei")
     for part in ("growth", "floors", "promises"):
         if summary[part]:
             print(f"\n{part}\n{tabulate(summary[part], 'keys', floatfmt='.3g')}")

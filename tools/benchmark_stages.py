@@ -5,13 +5,10 @@ Apart from it, so that the measuring processes load this module only, without ta
 
 import contextlib
 import copy
-import ctypes
-import gc
 import hashlib
 import io
 import json
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark_measure import address_space, measure_run, timed
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -38,6 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nuclei_d2.config import load_config
+from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper, labels_to_instances, read_labels
 from nuclei_d2.data.datasets.coco import (
     label_image_to_masks,
@@ -46,17 +45,18 @@ from nuclei_d2.data.datasets.coco import (
     write_coco_json,
 )
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.image_io import ImageNormalizer, read_image
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.trainer import has_bfloat16
 from nuclei_d2.evaluation.coco_evaluation import NucleiCOCOEvaluator, instances_to_results
 from nuclei_d2.evaluation.efficiency import count_flops
+from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.modeling import build_model
 from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN, postprocess
 
 OURS, STOCK, BOUNDARY, PLAIN = "nuclei_d2", "Detectron2", "boundary head", "Mask R-CNN"
+STARDIST = "StarDist"
 ROIS, TARGET_SIZE = 128, 28  # RoIs of an image in training, and their masks' side in pixels
-_REPEATED = 20.0  # seconds; what takes longer is measured once
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Options:
     dataset: str  # registered name, of the stage "data set"
     threads: int
     memory_limit: float  # bytes
+    stardist: str = ""  # interpreter that has it
 
 
 def draw_images(folder: Path, job: Job) -> None:
@@ -121,8 +122,7 @@ def run_apart(sender, job: Job | None, options: Options) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     np.random.seed(0)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = int(held + options.memory_limit)
+    limit = int(address_space() + options.memory_limit)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # COCO's evaluator prints
@@ -134,38 +134,9 @@ def run_apart(sender, job: Job | None, options: Options) -> None:
 
 
 def measure(job: Job, options: Options) -> dict[str, Any]:
-    """Seconds, peak memory in MB, least work, and what the stage returned.
-
-    The first run shows the memory and warms up; the time is the least of three more, or that of
-    the first where it takes long.
-    """
+    """What :func:`measure_run` finds of a stage, and its least possible work."""
     run, (flops, traffic) = STAGES[job.stage](job, options)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or freed memory would be used again, and not be seen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = _status("VmRSS")
-    result, first = _timed(run)
-    peak = max(_status("VmHWM") - before, 1e6)  # less is noise
-    seconds = min([_timed(run)[1] for _ in range(3)] if first < _REPEATED else [first])
-    return {
-        "seconds": seconds,
-        "peak_mb": peak / 1e6,
-        "flops": flops,
-        "bytes": traffic,
-        "result": result,
-    }
-
-
-def _timed(run: Callable) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start
-
-
-def _status(key: str) -> int:
-    """Bytes, from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return {**measure_run(run), "flops": flops, "bytes": traffic}
 
 
 def measure_rates() -> dict[str, float]:
@@ -174,7 +145,7 @@ def measure_rates() -> dict[str, float]:
     target = torch.empty_like(large)
 
     def least(run: Callable) -> float:
-        return min(_timed(run)[1] for _ in range(8))
+        return min(timed(run)[1] for _ in range(8))
 
     return {
         "flops_per_s": 2 * 2048**3 / least(lambda: matrix @ matrix),
@@ -408,6 +379,38 @@ def inference(job: Job, options: Options):
     return run, (0, 0)
 
 
+def label_image(job: Job, options: Options):
+    """Grey levels of one image to its label image: all that finding nuclei takes.
+
+    The network runs in full and its raw detections are replaced by those of a good one, as
+    benchmark_stardist.py replaces StarDist's.
+    """
+    cfg = config(job, options)
+    model, normalizer = detector(job, options), ImageNormalizer(cfg)
+    enlarge = T.AugmentationList(build_augmentation(cfg, False))
+    raw = raw_detections(job, options)
+    image = read_image(records(job, options)[0]["file_name"])
+    side = round(job.size * cfg.INPUT.SCALE)
+
+    def perfect(*_) -> tuple[list[Instances], dict]:
+        found = Instances((side, side), **raw.get_fields())
+        found.pred_boxes = Boxes(raw.pred_boxes.tensor * cfg.INPUT.SCALE)
+        return [found], {}
+
+    model.roi_heads.register_forward_hook(perfect)
+
+    def run() -> int:
+        pixels = T.AugInput(normalizer(image))
+        enlarge(pixels)
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels.image.transpose(2, 0, 1)))
+        with torch.no_grad():
+            inputs = {"image": tensor, "height": job.size, "width": job.size}
+            instances = model([inputs])[0]["instances"]
+        return int(Nuclei.from_instances(instances).label_image().max())
+
+    return run, (0, 0)
+
+
 STAGES = {
     "mapper": mapper,
     "mask targets": targets,
@@ -418,4 +421,5 @@ STAGES = {
     "data set": registered_set,
     "training step": training_step,
     "inference": inference,
+    "label image": label_image,
 }

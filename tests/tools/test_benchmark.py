@@ -12,7 +12,9 @@ from tiny import CONFIGS, REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "tools"))  # as for a script that lies there
 import benchmark
 import benchmark_stages as stages
-from benchmark_stages import BOUNDARY, OURS, PLAIN, STOCK, Job, Options
+from benchmark_stages import BOUNDARY, OURS, PLAIN, STARDIST, STOCK, Job, Options
+
+from nuclei_d2.utils.errors import NucleiError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 
@@ -64,6 +66,37 @@ def test_measuring_in_a_process_of_its_own_with_bounded_memory(options):
     assert enough["seconds"] > 0
     less = Options(**{**vars(options), "memory_limit": 30e6})
     assert benchmark.run_job(job, less) == {"error": "> 0 GB"}
+
+
+def test_every_nucleus_is_labelled_behind_perfect_detections(options):
+    job = Job("label image", OURS, 12, 128)
+    stages.draw_images(options.folder, job)
+    labels = np.asarray(Image.open(options.folder / f"{job.data}_0_label.png"))
+    assert stages.measure(job, options)["result"] == labels.max() > 5
+
+
+def fake_python(tmp_path, body):
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_stardist_is_measured_by_its_own_interpreter(options, tmp_path):
+    says = """echo noise; echo '{"seconds": '$OMP_NUM_THREADS', "peak_mb": '$4', "result": 9}'"""
+    other = Options(**{**vars(options), "stardist": fake_python(tmp_path, says), "threads": 2})
+    job = Job("label image", STARDIST, 12, 128)
+    assert benchmark.run_job(job, other) == {"seconds": 2, "peak_mb": 2, "result": 9}
+    broken = fake_python(tmp_path, "echo 'no tensors today' >&2; exit 1")
+    with pytest.raises(NucleiError, match="no tensors today"):
+        benchmark.run_job(job, Options(**{**vars(other), "stardist": broken}))
+
+
+def test_an_interpreter_without_stardist_is_refused(tmp_path):
+    with pytest.raises(NucleiError, match="pip install stardist"):
+        benchmark.check_stardist(fake_python(tmp_path, "exit 1"))
+    with pytest.raises(NucleiError, match="No such file"):
+        benchmark.check_stardist(str(tmp_path / "nothing"))
 
 
 def measured(seconds, peak_mb, result=None, flops=0, traffic=0):
