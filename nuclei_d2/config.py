@@ -56,6 +56,15 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.INPUT.NUCLEUS_DIAMETER = 0.0
     # Micrometres per pixel of the image files, where it is the same for all of them. 0: unknown.
     cfg.INPUT.PIXEL_SIZE = 0.0
+    # Least and greatest value of each measure in the training images, as the network sees them,
+    # outside of which prediction warns; training measures them. []: unknown.
+    # nuclei_d2.inference.image_measures defines the measures.
+    cfg.INPUT.TRAINING_RANGES = CfgNode()
+    cfg.INPUT.TRAINING_RANGES.FOCUS = []  # 0 to 1: fine edges over coarse ones
+    cfg.INPUT.TRAINING_RANGES.NOISE = []  # standard deviation, share of full scale
+    cfg.INPUT.TRAINING_RANGES.SATURATED = []  # share of the pixels at full scale
+    cfg.INPUT.TRAINING_RANGES.BACKGROUND = []  # median grey level, share of full scale
+    cfg.INPUT.TRAINING_RANGES.DIAMETER = []  # median of the image's nuclei, network pixels
     # Range of the random factor that multiplies INPUT.SCALE in training.
     cfg.INPUT.SCALE_JITTER = (0.8, 1.25)
     # Training crops of INPUT.CROP.SIZE (height, width) pixels as the network sees them.

@@ -40,6 +40,7 @@ from nuclei_d2.evaluation.efficiency import (
     measured_inference,
     model_cost,
 )
+from nuclei_d2.inference.image_measures import training_ranges
 from nuclei_d2.modeling import build_model
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
@@ -58,12 +59,14 @@ def setup(args) -> CfgNode:
 
     Returns:
         The frozen config, written to ``OUTPUT_DIR/config.yaml`` as well. For training it says how
-        large the nuclei are that the model learns from, as prediction needs to know.
+        large the nuclei are that the model learns from, and what the images are like, as
+        prediction needs to know.
     """
     cfg = checked_config(args)
     if not args.eval_only:
-        records = (record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name))
+        records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
         cfg.INPUT.NUCLEUS_DIAMETER = round(median_diameter(records), 2)
+        cfg.INPUT.TRAINING_RANGES.update(training_ranges(records, cfg))
     cfg.freeze()
     default_setup(cfg, args)
     _setup_log(cfg)

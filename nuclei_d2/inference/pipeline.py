@@ -13,9 +13,15 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
+from nuclei_d2.inference.image_measures import (
+    count_pixels,
+    image_measures,
+    judge,
+    measure_warnings,
+)
 from nuclei_d2.inference.image_source import ImageSource, open_image
 from nuclei_d2.inference.network import TileNetwork
-from nuclei_d2.inference.nuclei import Nuclei
+from nuclei_d2.inference.nuclei import Nuclei, nuclei_quality
 from nuclei_d2.inference.scale import ScaleChoice, choose_scale, make_finder
 from nuclei_d2.inference.tiling import (
     ALIGNMENT,
@@ -70,8 +76,8 @@ class Prediction(NamedTuple):
     """The nuclei of one image.
 
     Attributes:
-        nuclei: best first. Measures: "boundary_uncertainty" with a boundary head, "agreement" with
-            test-time augmentation.
+        nuclei: best first. Measures: "quality"; "boundary_uncertainty" with a boundary head,
+            "agreement" with test-time augmentation.
         record: what is known about the image and the prediction, JSON-able; docs/prediction.md
             explains it.
     """
@@ -140,7 +146,13 @@ class NucleiPipeline:
         results = self._find_in_tiles(image, grid, folder)
         nuclei, seams = merge_tiles(results, grid)
         diameter = float(np.median(np.sqrt(4 / np.pi * nuclei.areas))) if len(nuclei) else None
-        warnings = self._warnings(results, seams, grid)
+        nuclei.measures["quality"] = nuclei_quality(nuclei)
+        counts = np.sum([result.counts for result in results], axis=0)
+        values = image_measures(counts, diameter and diameter * scale)
+        measures = judge(values, self.cfg.INPUT.TRAINING_RANGES)
+        warnings = self._warnings(results, seams, grid) + measure_warnings(measures)
+        if measures["diameter"]["inside"] is None:
+            warnings += self._size_warnings(diameter, choice.factor)
         record = {
             "file": str(source.path),
             "description": source.description,
@@ -155,6 +167,8 @@ class NucleiPipeline:
             },
             "nuclei": len(nuclei),
             "median_diameter_px": diameter,
+            "quality": float(nuclei.measures["quality"].mean()) if len(nuclei) else None,
+            "measures": measures,
             "tiles": {
                 "count": len(grid.tiles),
                 "capped": sum(result.capped for result in results),
@@ -162,7 +176,7 @@ class NucleiPipeline:
                 "seam_nuclei": seams.nuclei,
                 "seam_agreement": seams.agreed / seams.nuclei if seams.nuclei else None,
             },
-            "warnings": warnings + self._size_warnings(diameter, choice.factor),
+            "warnings": warnings,
             "seconds": round(time.perf_counter() - start, 3),
         }
         return Prediction(nuclei, record)
@@ -211,12 +225,12 @@ class NucleiPipeline:
         answers = [self._network(pixels, grid, tile, view, inputs) for view in views]
         found, capped = zip(*answers, strict=True)
         nuclei = vote(found) if self.options.tta else found[0]
-        return judge_tile(nuclei, tile, grid, any(capped), float(pixels.max()))
+        return judge_tile(nuclei, tile, grid, any(capped), count_pixels(pixels[tile.owned]))
 
     def _warnings(self, results: list[TileResult], seams: Seams, grid: Grid) -> list[str]:
         """What the user should know before trusting the result, each with the remedy."""
         warnings = []
-        if max(result.peak for result in results) == 0:
+        if not sum(result.counts[1:256].sum() for result in results):
             warnings.append("no pixel is brighter than the background: is the image empty?")
         capped = sum(result.capped for result in results)
         if capped:

@@ -192,7 +192,7 @@ class TileResult(NamedTuple):
         cut: nuclei with their centre in the owned part that the tile's edge cuts.
         largest: longer side of the largest nucleus in the owned part, network pixels.
         capped: whether the model returned as many nuclei as it may.
-        peak: largest value of the tile's pixels as the network saw them, 0 to 255.
+        counts: :func:`~nuclei_d2.inference.image_measures.count_pixels` of the owned part.
     """
 
     tile: Tile
@@ -200,7 +200,7 @@ class TileResult(NamedTuple):
     cut: int
     largest: float
     capped: bool
-    peak: float
+    counts: np.ndarray
 
 
 class Seams(NamedTuple):
@@ -210,12 +210,14 @@ class Seams(NamedTuple):
     agreed: int  # how often both found it, mask IoU >= 0.5
 
 
-def judge_tile(found: Nuclei, tile: Tile, grid: Grid, capped: bool, peak: float) -> TileResult:
+def judge_tile(
+    found: Nuclei, tile: Tile, grid: Grid, capped: bool, counts: np.ndarray
+) -> TileResult:
     """Keep what the tile owns, with a margin, and leave out what its edges cut.
 
     Args:
         found: all nuclei of the tile, in the coordinates of the full image.
-        capped, peak: see :class:`TileResult`.
+        capped, counts: see :class:`TileResult`.
     """
     boxes = found.boxes * np.tile(grid.scale, 2)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -228,7 +230,7 @@ def judge_tile(found: Nuclei, tile: Tile, grid: Grid, capped: bool, peak: float)
     sides = (boxes[:, 2:] - boxes[:, :2])[owned].max(initial=0)
     kept = _inside(centres, tile, grid, grid.margin) & ~cut
     number = int((owned & cut).sum())
-    return TileResult(tile, take(found, kept), number, float(sides), capped, peak)
+    return TileResult(tile, take(found, kept), number, float(sides), capped, counts)
 
 
 def save_result(path: Path, result: TileResult) -> None:
@@ -241,7 +243,8 @@ def save_result(path: Path, result: TileResult) -> None:
             pixels=np.packbits(np.concatenate([np.zeros(0, bool), *pixels])),
             boxes=nuclei.boxes,
             scores=nuclei.scores,
-            rest=np.array([result.cut, result.largest, result.capped, result.peak], float),
+            rest=np.array([result.cut, result.largest, result.capped], float),
+            counts=result.counts,
             **{f"measure_{name}": values for name, values in nuclei.measures.items()},
         )
 
@@ -262,8 +265,8 @@ def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
     ]
     measures = {k.removeprefix("measure_"): v for k, v in arrays.items() if k[:8] == "measure_"}
     nuclei = Nuclei(masks, arrays["scores"], grid.size, measures)
-    cut, largest, capped, peak = arrays["rest"].tolist()
-    return TileResult(tile, nuclei, int(cut), largest, bool(capped), peak)
+    cut, largest, capped = arrays["rest"].tolist()
+    return TileResult(tile, nuclei, int(cut), largest, bool(capped), arrays["counts"])
 
 
 def merge_tiles(results: Sequence[TileResult], grid: Grid) -> tuple[Nuclei, Seams]:

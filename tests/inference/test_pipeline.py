@@ -202,3 +202,29 @@ def test_nuclei_of_another_size_than_the_models_are_reported(field):
 def test_options_that_cannot_be(options, message):
     with pytest.raises(NucleiError, match=message):
         pipeline(**options)
+
+
+def test_an_image_outside_the_training_ranges_is_reported(field):
+    _, record = pipeline(tile=256, overlap=128)(field)
+    assert {entry["inside"] for entry in record["measures"].values()} == {None}
+    focus, diameter = (record["measures"][name]["value"] for name in ("focus", "diameter"))
+    assert diameter == record["median_diameter_px"]
+    _, whole = pipeline(tile=4096)(field)
+    assert whole["measures"]["focus"]["value"] == pytest.approx(focus, rel=0.05)
+    for low, reported in ((focus * 1.5, True), (focus / 1.5, False)):
+        _, record = pipeline("INPUT.TRAINING_RANGES.FOCUS", f"[{low}, 1.0]")(field)
+        assert record["measures"]["focus"]["inside"] != reported
+        assert (
+            any(warning.startswith("blurred: focus") for warning in record["warnings"]) == reported
+        )
+
+
+def test_quality_counts_the_views_that_miss_a_nucleus(tmp_path):
+    image, _ = draw_nuclei(np.random.default_rng(0), (64, 80), 6)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    nuclei, record = pipeline()(tmp_path / "a.png")
+    np.testing.assert_array_equal(nuclei.measures["quality"], nuclei.scores)
+    assert record["quality"] == nuclei.scores.mean()
+    nuclei, _ = pipeline(tta=True)(tmp_path / "a.png")
+    expected = nuclei.scores * nuclei.measures["agreement"]
+    np.testing.assert_array_equal(nuclei.measures["quality"], expected)

@@ -107,6 +107,7 @@ def test_only_the_needed_part_of_the_file_is_read():
     assert (columns.start, columns.stop) == (768, 1792)
 
 
+COUNTS = np.arange(259.0)
 GRID = make_grid((100, 1000), 1.0, 512, 128)  # cuts at column 448 and 832
 
 
@@ -119,7 +120,7 @@ def test_a_nucleus_belongs_to_the_tile_that_owns_its_centre():
         (10, 418, 20, 20, 0.7),  # centre at 428: not any more
         (10, 838, 20, 20, 0.6),  # centre at 848: the first one outside the margin
     )
-    result = judge_tile(found, middle, GRID, capped=False, peak=255)
+    result = judge_tile(found, middle, GRID, capped=False, counts=COUNTS)
     assert corners(result.nuclei) == [(10, 600), (10, 428)]
     assert result.cut == 0
     assert result.largest == 20
@@ -127,17 +128,17 @@ def test_a_nucleus_belongs_to_the_tile_that_owns_its_centre():
 
 def test_a_nucleus_that_the_tile_cuts_is_left_out_and_counted():
     found = squares(GRID.size, (10, 385, 20, 200, 0.9), (0, 384, 20, 200, 0.8))
-    result = judge_tile(found, GRID.tiles[1], GRID, capped=True, peak=255)
+    result = judge_tile(found, GRID.tiles[1], GRID, capped=True, counts=COUNTS)
     assert len(result.nuclei) == 0
     assert result.cut == 2
     assert result.capped
     found = squares(GRID.size, (0, 0, 100, 300, 0.9))  # the image's own edges cut nothing
-    assert judge_tile(found, GRID.tiles[0], GRID, False, 255).cut == 0
+    assert judge_tile(found, GRID.tiles[0], GRID, False, COUNTS).cut == 0
 
 
 def results(*boxes_of_tiles, grid=GRID):
     return [
-        TileResult(tile, squares(grid.size, *boxes), 0, 0, False, 255)
+        TileResult(tile, squares(grid.size, *boxes), 0, 0, False, COUNTS)
         for tile, boxes in zip(grid.tiles, boxes_of_tiles, strict=True)
     ]
 
@@ -227,11 +228,12 @@ def test_a_result_survives_its_file(tmp_path):
     measures = {"agreement": np.array([0.5, 1.0, 0.75])}
     nuclei = Nuclei.from_masks(masks, np.array([0.9, 0.8, 0.7]), GRID.size, measures)
     for kept in (nuclei, squares(GRID.size)):
-        result = TileResult(GRID.tiles[1], kept, 3, 17.5, True, 200.5)
+        result = TileResult(GRID.tiles[1], kept, 3, 17.5, True, COUNTS)
         assert load_result(tmp_path / "a.npz", GRID.tiles[1], GRID) is None
         save_result(tmp_path / "a.npz", result)
         loaded = load_result(tmp_path / "a.npz", GRID.tiles[1], GRID)
-        assert loaded[2:] == result[2:]
+        assert loaded[2:5] == result[2:5]
+        np.testing.assert_array_equal(loaded.counts, COUNTS)
         np.testing.assert_array_equal(loaded.nuclei.scores, kept.scores)
         np.testing.assert_array_equal(loaded.nuclei.boxes, kept.boxes)
         for a, b in zip(loaded.nuclei.masks, kept.masks, strict=True):
