@@ -167,6 +167,7 @@ def print_summary(summary: dict, already: int, output: str) -> None:
         ("nuclei", summary["nuclei"]),
     ]
     print(tabulate(rows, tablefmt="plain"))
+    print(f"images to look at first: {Path(output) / 'report.html'}")
     if summary["failures"]:
         print(f"failed, with reasons also in {output}/summary.json:", file=sys.stderr)
     for failure in summary["failures"]:

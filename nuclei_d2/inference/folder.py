@@ -19,9 +19,11 @@ from detectron2.utils.file_io import PathManager
 from nuclei_d2.inference.inputs import unique_stems
 from nuclei_d2.inference.manifest import manifest
 from nuclei_d2.inference.nuclei import ImageInfo
+from nuclei_d2.inference.overview import write_overview
 from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
 from nuclei_d2.inference.work import SharedWork
 from nuclei_d2.inference.writers import get_writer, write_outputs
+from nuclei_d2.inference.writers.picture import write_thumbnail
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import jsonable, write_json
 
@@ -104,9 +106,9 @@ class FolderPrediction:
             for name in _read_json(file)["outputs"]:
                 with suppress(FileNotFoundError):
                     (self.output / name).unlink()
-        for folder in ("records", "failures", "claims", "work"):
+        for folder in ("records", "failures", "claims", "work", "thumbnails"):
             shutil.rmtree(self.output / folder, ignore_errors=True)
-        for name in ("manifest.json", "summary.json"):
+        for name in ("manifest.json", "summary.json", "report.html"):
             (self.output / name).unlink(missing_ok=True)
 
     def count_finished(self) -> int:
@@ -162,23 +164,32 @@ class FolderPrediction:
             info = ImageInfo(source.path.name, source.read, source.channels, pixel_size)
             # Written aside: an interrupted writer leaves nothing among the results.
             written = write_outputs(folder / "outputs", name, nuclei, info, self.formats)
+            thumbnail = Path("thumbnails", f"{name}.webp")
+            write_thumbnail(self.output / thumbnail, nuclei, info)
         for path in written:
             path.replace(self.output / path.name)
-        return {**record, "outputs": [path.name for path in written]}
+        return {
+            **record,
+            "outputs": [path.name for path in written],
+            "thumbnail": thumbnail.as_posix(),
+        }
 
     def summarize(self) -> dict[str, Any]:
-        """Read what became of all images, write it to ``summary.json``, and date the manifest.
+        """Read what became of all images, write it to ``summary.json`` and, for people, to
+        ``report.html``, and date the manifest.
 
         Returns:
             "images", "done", "failed", "nuclei" (counts), "failures" (list of "file" and
             "reason") and "warnings" (list of "file" and "warnings").
         """
-        records, failures = [], []
+        contents = {}
         for name in self.images:
-            if self.work.record_path(name).exists():
-                records.append(_read_json(self.work.record_path(name)))
-            elif self.work.failure_path(name).exists():
-                failures.append(_read_json(self.work.failure_path(name)))
+            paths = (self.work.record_path(name), self.work.failure_path(name))
+            path = next((path for path in paths if path.exists()), None)
+            if path:
+                contents[name] = _read_json(path)
+        records = [content for content in contents.values() if "reason" not in content]
+        failures = [content for content in contents.values() if "reason" in content]
         summary = {
             "images": len(self.images),
             "done": len(records),
@@ -194,6 +205,7 @@ class FolderPrediction:
         write_json(self.output / "summary.json", summary)
         file, finished = self.output / "manifest.json", datetime.now(timezone.utc)
         described = _read_json(file)
+        write_overview(self.output, contents, described)
         seconds = (finished - datetime.fromisoformat(described["started"])).total_seconds()
         described |= {"finished": finished.isoformat(timespec="seconds"), "seconds": seconds}
         write_json(file, described)

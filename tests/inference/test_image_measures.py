@@ -101,4 +101,4 @@ def test_the_ranges_of_training_images(tmp_path):
     cfg.INPUT.TRAINING_RANGES.update(ranges)
     focus = ranges["FOCUS"]
     reloaded = load_config("", ["INPUT.TRAINING_RANGES.FOCUS", str(focus)])
-    assert reloaded.INPUT.TRAINING_RANGES.FOCUS == focus
+    assert focus == reloaded.INPUT.TRAINING_RANGES.FOCUS

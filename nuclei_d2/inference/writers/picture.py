@@ -13,6 +13,7 @@ from nuclei_d2.utils.files import atomic_path
 from nuclei_d2.visualization.overlay import draw_contours, stretch
 
 MAX_SIDE = 4096  # pixels; larger images are shown reduced by an integer factor
+THUMBNAIL_SIDE = 512
 _STRIP_ROWS = 256
 
 
@@ -22,12 +23,25 @@ def write_picture(path: str | os.PathLike, nuclei: Nuclei, image: ImageInfo) -> 
     An image with a side above :data:`MAX_SIDE` is averaged over squares of pixels, strip by
     strip. Of an image with neither one nor three channels the first is shown.
     """
-    factor = -(-max(nuclei.size) // MAX_SIDE)
-    picture = stretch(_reduced_image(image, nuclei.size, factor))
-    drawing = draw_contours(picture, _reduced_masks(nuclei, picture.shape[:2], factor))
+    drawing = _draw(nuclei, image, MAX_SIDE)
     with atomic_path(path) as temporary:
         # The default level, 6, saves 15 % and takes 2.5 times as long.
         Image.fromarray(drawing).save(temporary, compress_level=1)
+
+
+def write_thumbnail(path: str | os.PathLike, nuclei: Nuclei, image: ImageInfo) -> None:
+    """Write the same as a WebP with a longer side of up to :data:`THUMBNAIL_SIDE` pixels."""
+    picture = Image.fromarray(_draw(nuclei, image, 2 * THUMBNAIL_SIDE))
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    with atomic_path(path) as temporary:
+        picture.save(temporary, "WEBP", quality=75)
+
+
+def _draw(nuclei: Nuclei, image: ImageInfo, most: int) -> np.ndarray:
+    """(h, w, 3) uint8, reduced by an integer factor to sides of up to ``most`` pixels."""
+    factor = -(-max(nuclei.size) // most)
+    picture = stretch(_reduced_image(image, nuclei.size, factor))
+    return draw_contours(picture, _reduced_masks(nuclei, picture.shape[:2], factor))
 
 
 def _reduced_image(image: ImageInfo, size: tuple[int, int], factor: int) -> np.ndarray:

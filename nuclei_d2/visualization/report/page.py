@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from nuclei_d2 import __version__
 from nuclei_d2.data.datasets.sources import SourceFile
@@ -32,6 +30,7 @@ from nuclei_d2.visualization.report.findings import (
     score_edges,
 )
 from nuclei_d2.visualization.report.overlays import KINDS, draw_overlay, pick_images
+from nuclei_d2.visualization.report.templates import render_template
 
 _TENTHS = np.arange(0, 11, 2) / 10
 _RATE = Axis("", 0, 1, _TENTHS)
@@ -68,15 +67,8 @@ def render_report(
         NucleiError: an image cannot be read, or is of another size than its nuclei.
     """
     statistics = Statistics(evaluations, weights)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
-    return environment.get_template("page.html").render(
+    return render_template(
+        "page.html",
         names=names,
         styles=[style(k) for k in range(len(names))],
         markers=[marker(k) for k in range(len(names))],
@@ -104,11 +96,6 @@ def render_report(
         version=__version__,
         paths=[evaluation.predictions.path for evaluation in evaluations],
     )
-
-
-def _breakable(name: str) -> Markup:
-    """Let a long name of several words wrap between them."""
-    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def _metric_rows(paths: Sequence[MetricPath], n_sets: int, statistics: Statistics) -> list[dict]:
