@@ -106,7 +106,7 @@ class FolderPrediction:
             for name in _read_json(file)["outputs"]:
                 with suppress(FileNotFoundError):
                     (self.output / name).unlink()
-        for folder in ("records", "failures", "claims", "work", "thumbnails"):
+        for folder in ("records", "failures", "claims", "work", "report"):
             shutil.rmtree(self.output / folder, ignore_errors=True)
         for name in ("manifest.json", "summary.json", "report.html"):
             (self.output / name).unlink(missing_ok=True)
@@ -164,7 +164,7 @@ class FolderPrediction:
             info = ImageInfo(source.path.name, source.read, source.channels, pixel_size)
             # Written aside: an interrupted writer leaves nothing among the results.
             written = write_outputs(folder / "outputs", name, nuclei, info, self.formats)
-            thumbnail = Path("thumbnails", f"{name}.webp")
+            thumbnail = Path("report", f"{name}.webp")
             write_thumbnail(self.output / thumbnail, nuclei, info)
         for path in written:
             path.replace(self.output / path.name)

@@ -9,7 +9,7 @@ from typing import Any
 from nuclei_d2.utils.files import atomic_path
 from nuclei_d2.visualization.report.templates import render_template
 
-TABLE = "records/images.csv"
+TABLE = "report/images.csv"
 FIRST = 10  # images to look at first
 PICTURE_BYTES = 6_000_000  # of the thumbnails on the page; a third more in its encoding
 LISTED = 2_000  # images without a picture that the page lists
