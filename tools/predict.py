@@ -55,6 +55,14 @@ def parse_args() -> argparse.Namespace:
         type=float,
         help="least score, 0 to 1, of the nuclei (default: TEST.SCORE_THRESH_LABELS)",
     )
+    parser.add_argument(
+        "--least-contrast",
+        type=float,
+        default=PredictionOptions.least_contrast,
+        metavar="SD",
+        help="of nuclei against their surroundings, in standard deviations of the image's noise; 0 "
+        "keeps all (default: %(default)s)",
+    )
     image = parser.add_argument_group("what to look at (docs/inputs.md)")
     image.add_argument("--channel", help="number, name, or rgb")
     image.add_argument("--z", help="number of a plane, or max (default)")

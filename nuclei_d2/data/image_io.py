@@ -224,10 +224,20 @@ def normalize(
 
 @dataclass(frozen=True)
 class ContrastRange:
-    """Grey levels of an image that become 0 (``low``) and 255 (``low + span``)."""
+    """Grey levels of an image that become 0 (``low``) and 255 (``low + span``).
+
+    Attributes:
+        noise: standard deviation of the pixel noise, in grey levels of the image.
+    """
 
     low: float
     span: float
+    noise: float = 0.0
+
+    @property
+    def visible_noise(self) -> float:
+        """The noise in the normalised image, where full scale is 255; at least 0.1 % of that."""
+        return 255 * max(self.noise / self.span, 1e-3)
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """Grey levels of any shape, of the whole image or a window of it -> float32, 0..255."""
@@ -248,8 +258,9 @@ def contrast_range(
         return ContrastRange(0.0, 255.0)
     integer = bool((np.rint(image) == image).all())
     low, high = _percentiles(image, percentiles, integer)
-    floor = max(noise_floor * estimate_noise(image), min_levels if integer else 0.0)
-    return ContrastRange(low, _span(high - low, floor, image.min(), image.max()))
+    noise = estimate_noise(image)
+    floor = max(noise_floor * noise, min_levels if integer else 0.0)
+    return ContrastRange(low, _span(high - low, floor, image.min(), image.max()), noise)
 
 
 def _span(stretch: float, floor: float, darkest: float, brightest: float) -> float:
@@ -332,9 +343,9 @@ def contrast_range_of_source(
     if pool.darkest > pool.brightest:
         return ContrastRange(0.0, 255.0)
     low, high = pool.levels.percentiles(percentiles, pool.grey)
-    floor = noise_floor * _noise_from_median(pool.noise.percentiles((50.0,), pool.grey)[0])
-    floor = max(floor, min_levels if pool.integer else 0.0)
-    return ContrastRange(low, _span(high - low, floor, pool.darkest, pool.brightest))
+    noise = _noise_from_median(pool.noise.percentiles((50.0,), pool.grey)[0])
+    floor = max(noise_floor * noise, min_levels if pool.integer else 0.0)
+    return ContrastRange(low, _span(high - low, floor, pool.darkest, pool.brightest), noise)
 
 
 def _bands(source: PixelSource) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
+from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.image_measures import (
     count_pixels,
     image_measures,
@@ -36,6 +37,7 @@ from nuclei_d2.inference.tiling import (
     resample_tile,
     save_result,
     source_window,
+    take,
 )
 from nuclei_d2.inference.tta import UPRIGHT, VIEWS, vote
 from nuclei_d2.utils.errors import NucleiError
@@ -58,6 +60,8 @@ class PredictionOptions:
         tile: side of a tile in pixels as the network sees them; memory grows with its square.
         overlap: of neighbouring tiles, likewise; at least twice the largest nucleus.
         tta: whether each tile is looked at in all eight flips and rotations.
+        least_contrast: nuclei below are left out, in standard deviations of the image's noise, see
+            :func:`~nuclei_d2.inference.contrast.nuclear_contrast`; 0 keeps all.
     """
 
     confidence_threshold: float | None = None
@@ -70,6 +74,7 @@ class PredictionOptions:
     tile: int = 1024
     overlap: int = 192
     tta: bool = False
+    least_contrast: float = LEAST_CONTRAST
 
 
 class Prediction(NamedTuple):
@@ -145,6 +150,8 @@ class NucleiPipeline:
         grid = make_grid(source.size, scale, self.options.tile, self.options.overlap)
         results = self._find_in_tiles(image, grid, folder)
         nuclei, seams = merge_tiles(results, grid)
+        visible = ~(nuclei.measures["contrast"] < self.options.least_contrast)  # NaN is kept
+        invisible, nuclei = int((~visible).sum()), take(nuclei, visible)
         diameter = float(np.median(np.sqrt(4 / np.pi * nuclei.areas))) if len(nuclei) else None
         nuclei.measures["quality"] = nuclei_quality(nuclei)
         counts = np.sum([result.counts for result in results], axis=0)
@@ -166,6 +173,7 @@ class NucleiPipeline:
                 "high": image.contrast.low + image.contrast.span,
             },
             "nuclei": len(nuclei),
+            "invisible_nuclei": invisible,
             "median_diameter_px": diameter,
             "quality": float(nuclei.measures["quality"].mean()) if len(nuclei) else None,
             "measures": measures,
@@ -192,8 +200,10 @@ class NucleiPipeline:
         return self.options.pixel_size or source.pixel_size
 
     def _choose_scale(self, image: "_Image") -> ScaleChoice:
-        find = make_finder(image.source, image.contrast, self.cfg, self._network.model)
         options = self.options
+        find = make_finder(
+            image.source, image.contrast, self.cfg, self._network.model, options.least_contrast
+        )
         return choose_scale(
             image.source,
             self.cfg,
@@ -212,19 +222,24 @@ class NucleiPipeline:
             file = folder and folder / "tile_{}_{}.npz".format(*tile.index)
             result = load_result(file, tile, grid) if file else None
             if result is None:
-                result = self._find_in_tile(image.read(grid, tile), grid, tile, inputs)
+                result = self._find_in_tile(image, grid, tile, inputs)
                 if file and len(grid.tiles) > 1:
                     save_result(file, result)
             results.append(result)
         return results
 
     def _find_in_tile(
-        self, pixels: np.ndarray, grid: Grid, tile: Tile, inputs: dict[str, np.ndarray]
+        self, image: "_Image", grid: Grid, tile: Tile, inputs: dict[str, np.ndarray]
     ) -> TileResult:
+        window = image.read_window(grid, tile)
+        pixels = resample_tile(window, grid, tile)
         views = VIEWS if self.options.tta else (UPRIGHT,)
         answers = [self._network(pixels, grid, tile, view, inputs) for view in views]
         found, capped = zip(*answers, strict=True)
         nuclei = vote(found) if self.options.tta else found[0]
+        origin = tuple(span.start for span in source_window(grid, tile))
+        noise = image.contrast.visible_noise
+        nuclei.measures["contrast"] = nuclear_contrast(nuclei.masks, window, noise, origin)
         return judge_tile(nuclei, tile, grid, any(capped), count_pixels(pixels[tile.owned]))
 
     def _warnings(self, results: list[TileResult], seams: Seams, grid: Grid) -> list[str]:
@@ -275,7 +290,10 @@ class _Image(NamedTuple):
     normalize: ImageNormalizer
     contrast: ContrastRange
 
+    def read_window(self, grid: Grid, tile: Tile) -> np.ndarray:
+        """The pixels of the file that a tile needs, normalised: (h, w, 3) float32, 0..255."""
+        return self.normalize(self.source.read(*source_window(grid, tile)), self.contrast)
+
     def read(self, grid: Grid, tile: Tile) -> np.ndarray:
         """A tile as the network sees it, (*tile.shape, 3) float32, 0..255."""
-        window = self.source.read(*source_window(grid, tile))
-        return resample_tile(self.normalize(window, self.contrast), grid, tile)
+        return resample_tile(self.read_window(grid, tile), grid, tile)

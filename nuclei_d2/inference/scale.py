@@ -12,6 +12,7 @@ from torch import nn
 from nuclei_d2.data.augmentation import ResampleTransform
 from nuclei_d2.data.datasets.coco import split_masks
 from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
+from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.image_source import ImageSource
 from nuclei_d2.utils.errors import NucleiError
 
@@ -224,13 +225,18 @@ def _most_contrast(source: ImageSource, window: Window) -> tuple[float, float]:
 
 
 def make_finder(
-    source: ImageSource, contrast: ContrastRange, cfg: CfgNode, model: nn.Module
+    source: ImageSource,
+    contrast: ContrastRange,
+    cfg: CfgNode,
+    model: nn.Module,
+    least_contrast: float = LEAST_CONTRAST,
 ) -> Finder:
     """How a model of this package looks at a window: as in prediction, at the factor's size.
 
     Args:
         contrast: of the whole image.
         model: in evaluation mode.
+        least_contrast: see :class:`~nuclei_d2.inference.pipeline.PredictionOptions`.
     """
     normalize = ImageNormalizer(cfg)
 
@@ -239,12 +245,14 @@ def make_finder(
         image = normalize(source.read(*window.slices), contrast)
         sides = image.shape[:2]
         new = [max(1, round(side * factor * cfg.INPUT.SCALE)) for side in sides]
-        pixels = ResampleTransform(*sides, *new).apply_image(image).transpose(2, 0, 1)
-        inputs = {"image": torch.from_numpy(np.ascontiguousarray(pixels))}
+        pixels = ResampleTransform(*sides, *new).apply_image(image)
+        inputs = {"image": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))}
         instances = model([inputs])[0]["instances"].to("cpu")
         masks, scores = split_masks(instances.pred_masks), instances.scores.numpy()
         areas = np.array([np.count_nonzero(mask.mask) for mask in masks])
         sure = np.flatnonzero((scores >= cfg.TEST.SCORE_THRESH_LABELS) & (areas > 0))
+        seen = nuclear_contrast([masks[k] for k in sure], pixels, contrast.visible_noise)
+        sure = sure[~(seen < least_contrast)]
         shrink = np.divide(sides, new)
         centres = [
             (masks[k].top + masks[k].mask.shape[0] / 2, masks[k].left + masks[k].mask.shape[1] / 2)

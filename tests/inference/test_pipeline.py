@@ -54,6 +54,21 @@ def test_tiles_agree_in_eight_views_too(tmp_path):
     assert (agreement == 1).mean() > 0.9
 
 
+def test_what_the_noise_hides_is_no_nucleus(tmp_path):
+    image, labels = draw_nuclei(np.random.default_rng(0), (200, 300), 20)
+    noise = np.random.default_rng(1).normal(0, 20, image.shape[:2])
+    faint = 1000 + 50.0 * (labels > 0) + noise  # of 2.7 standard deviations, noise included
+    tifffile.imwrite(tmp_path / "faint.tif", np.rint(faint).astype(np.uint16))
+    found, record = pipeline("MODEL.CLASSICAL.MIN_LEVEL", "10", least_contrast=0)(
+        tmp_path / "faint.tif"
+    )
+    assert len(found) > 10
+    assert record["invisible_nuclei"] == 0
+    assert 2 < np.nanmedian(found.measures["contrast"]) < 3
+    kept, record = pipeline("MODEL.CLASSICAL.MIN_LEVEL", "10")(tmp_path / "faint.tif")
+    assert record["invisible_nuclei"] == len(found) - len(kept) > 10
+
+
 @pytest.mark.parametrize(
     "image",
     [

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.inference.contrast import nuclear_contrast
+
+SQUARE = np.ones((6, 6), bool)
+
+
+def scene(level: float, channels: int = 1) -> tuple[np.ndarray, BoxedMask]:
+    """A square nucleus of ``level`` on a background of 10."""
+    pixels = np.full((30, 40, channels), 10.0, np.float32)
+    pixels[8:14, 20:26] = level
+    return pixels, BoxedMask(SQUARE, 8, 20)
+
+
+@pytest.mark.parametrize("level", [30, -10])
+def test_a_difference_counts_whatever_its_sign(level):
+    pixels, nucleus = scene(level)
+    assert nuclear_contrast([nucleus], pixels, noise=4).tolist() == [5]
+
+
+def test_texture_counts():
+    pixels, nucleus = scene(10)
+    pixels[8:14, 20:26:2] += 3
+    pixels[8:14, 21:26:2] -= 3
+    assert nuclear_contrast([nucleus], pixels, noise=1).tolist() == [3]
+
+
+def test_the_channel_with_the_greatest_contrast_counts():
+    pixels, nucleus = scene(10, channels=3)
+    pixels[8:14, 20:26, 2] = 17
+    assert nuclear_contrast([nucleus], pixels, noise=1).tolist() == [7]
+
+
+def test_neighbours_are_no_surroundings():
+    pixels, nucleus = scene(30)
+    pixels[8:14, 27:39] = 30
+    neighbour = BoxedMask(np.ones((6, 12), bool), 8, 27)
+    assert nuclear_contrast([nucleus, neighbour], pixels, noise=2).tolist() == [10, 10]
+
+
+def test_nothing_around_cannot_be_judged():
+    pixels = np.zeros((6, 6, 1), np.float32)
+    assert np.isnan(nuclear_contrast([BoxedMask(SQUARE, 0, 0)], pixels, noise=1))
+
+
+def test_the_pixels_may_be_a_part_of_the_image():
+    pixels, nucleus = scene(30)
+    moved = nucleus._replace(top=108, left=220)
+    assert nuclear_contrast([moved], pixels, 4, origin=(100, 200)).tolist() == [5]
+
+
+def test_a_nucleus_may_reach_beyond_the_pixels():
+    pixels, nucleus = scene(30)
+    assert nuclear_contrast([nucleus], pixels[10:, 22:], 4, origin=(10, 22)).tolist() == [5]
+    assert nuclear_contrast([nucleus], pixels[:10, :22], 4).tolist() == [5]
+    assert np.isnan(nuclear_contrast([nucleus], pixels[20:], 4, origin=(20, 0)))
+
+
+def test_no_nuclei():
+    assert nuclear_contrast([], np.zeros((5, 5, 3), np.float32), 1).shape == (0,)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_noise_has_a_contrast_of_one(seed):
+    pixels = np.random.default_rng(seed).normal(100, 7, (60, 60, 1)).astype(np.float32)
+    nucleus = BoxedMask(np.ones((30, 30), bool), 15, 15)
+    assert nuclear_contrast([nucleus], pixels, noise=7) == pytest.approx(1, abs=0.15)
