@@ -255,13 +255,13 @@ class NucleiPipeline:
                 f"TEST.DETECTIONS_PER_IMAGE {2 * self._network.max_instances}"
             )
         largest = max(result.largest for result in results)
-        if len(results) > 1 and 2 * largest > grid.overlap:
-            cut = sum(result.cut for result in results)
-            lost = f" and {cut} that a tile's edge cuts were left out" if cut else ""
+        cut = sum(result.cut for result in results)
+        if cut:
             needed = -(-int(2 * largest) // ALIGNMENT) * ALIGNMENT
             warnings.append(
-                f"the largest nucleus, {largest:.0f} network pixels, exceeds half the tiles' "
-                f"overlap of {grid.overlap}{lost}; use --overlap {needed}"
+                f"the largest nucleus has {largest:.0f} network pixels, the tiles' overlap "
+                f"{grid.overlap}: {cut} that a tile's edge cuts were left out; use "
+                f"--overlap {needed}"
                 + (f" --tile {2 * needed}" if 2 * needed > self.options.tile else "")
             )
         if seams.nuclei >= _SEAM_NUCLEI and seams.agreed < _SEAM_AGREEMENT * seams.nuclei:

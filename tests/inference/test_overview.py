@@ -2,6 +2,8 @@ import csv
 import json
 
 import numpy as np
+import pytest
+from browser import BACKGROUND, NEEDS_CHROMIUM, PHONE, look_at
 from PIL import Image
 
 from nuclei_d2.inference import overview
@@ -63,3 +65,20 @@ def test_the_page_stays_small_and_the_table_has_all(tmp_path, monkeypatch):
     assert len((tmp_path / overview.TABLE).read_text().splitlines()) == 61
     write_overview(tmp_path, json.loads(json.dumps(images)), MANIFEST)
     assert (tmp_path / "report.html").read_text() == page
+
+
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_renders_on_a_phone(tmp_path, scheme):
+    (tmp_path / "report").mkdir()
+    images = {"broken": {"file": "f", "reason": "a_file_name_without_spaces" * 5}}
+    for k in range(12):
+        Image.new("RGB", (40 + k, 30)).save(tmp_path / "report" / f"{k}.webp")
+        name = f"a_long_name_of_an_image_without_any_space_in_it_{k}" * 2
+        images[name] = record(0.5 + k / 100, ["blurred: refocus"], thumbnail=f"report/{k}.webp")
+    write_overview(tmp_path, images, MANIFEST)
+    page = (tmp_path / "report.html").read_text()
+    seen = look_at(page, tmp_path, scheme)
+    assert sorted(seen["images"]) == list(range(40, 52))
+    assert seen["width"] == PHONE
+    assert seen["background"] == BACKGROUND[scheme]

@@ -5,7 +5,7 @@ from PIL import Image
 from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.inference.writers import picture
-from nuclei_d2.inference.writers.picture import write_picture
+from nuclei_d2.inference.writers.picture import write_picture, write_thumbnail
 from nuclei_d2.visualization.overlay import draw_contours, stretch
 
 
@@ -52,3 +52,18 @@ def test_no_nuclei(tmp_path, no_nuclei, blank):
     drawing = np.array(Image.open(tmp_path / "a.png"))
     assert drawing.shape[2] == 3
     assert not drawing.any()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((70, 50), (512, 366)), ((1500, 3000), (256, 512))])
+def test_a_thumbnail_shows_the_outlines(tmp_path, size, expected):
+    side = size[0] // 2
+    nucleus = BoxedMask(np.ones((side, side), bool), size[0] // 4, 0)
+    image = ImageInfo.from_array(np.zeros((*size, 1), np.float32), "a")
+    write_thumbnail(tmp_path / "a.webp", Nuclei.from_masks([nucleus], [1], size), image)
+    with Image.open(tmp_path / "a.webp") as file:
+        assert file.format == "WEBP"
+        drawing = np.array(file).astype(int)
+    assert abs(np.subtract(drawing.shape[:2], expected)).max() <= 1
+    brightness = drawing.max(axis=2)
+    assert brightness[expected[0] // 2, 0] > 60  # its left edge
+    assert brightness[expected[0] // 10].max() < 40  # above it
