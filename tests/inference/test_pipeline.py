@@ -243,3 +243,24 @@ def test_quality_counts_the_views_that_miss_a_nucleus(tmp_path):
     nuclei, _ = pipeline(tta=True)(tmp_path / "a.png")
     expected = nuclei.scores * nuclei.measures["agreement"]
     np.testing.assert_array_equal(nuclei.measures["quality"], expected)
+
+
+def test_the_same_image_in_other_formats_has_the_same_nuclei(tmp_path):
+    image, _ = draw_nuclei(np.random.default_rng(3), (200, 300), 40)
+    grey = image if image.ndim == 2 else image[..., 0]
+    Image.fromarray(grey).save(tmp_path / "eight.png")
+    tifffile.imwrite(tmp_path / "sixteen.tif", grey.astype(np.uint16) * 257)
+    tifffile.imwrite(tmp_path / "twelve.tif", grey.astype(np.uint16) * 16)
+    tifffile.imwrite(tmp_path / "float.tif", grey.astype(np.float32) / 255)
+    stack = np.stack([np.zeros_like(grey), grey]).astype(np.uint16) * 100
+    axes = {"axes": "CYX", "Channel": {"Name": ["empty", "DAPI"]}}
+    tifffile.imwrite(tmp_path / "two.ome.tif", stack, metadata=axes)
+    run = pipeline()
+    expected, _ = run(tmp_path / "eight.png")
+    assert len(expected) > 20
+    twins = {"sixteen.tif": run, "twelve.tif": run, "float.tif": run}
+    twins["two.ome.tif"] = pipeline(channel="DAPI")
+    for name, read in twins.items():
+        found, _ = read(tmp_path / name)
+        np.testing.assert_array_equal(found.label_image() > 0, expected.label_image() > 0)
+        assert (find_overlaps(found, expected).iou == 1).sum() == len(found) == len(expected), name
