@@ -81,8 +81,8 @@ class Prediction(NamedTuple):
     """The nuclei of one image.
 
     Attributes:
-        nuclei: best first. Measures: "quality"; "boundary_uncertainty" with a boundary head,
-            "agreement" with test-time augmentation.
+        nuclei: best first. Measures: "quality" and "contrast"; "boundary_uncertainty" with a
+            boundary head, "agreement" with test-time augmentation.
         record: what is known about the image and the prediction, JSON-able; docs/prediction.md
             explains it.
     """
@@ -112,6 +112,8 @@ class NucleiPipeline:
             threshold = cfg.TEST.SCORE_THRESH_LABELS
         if not 0 <= threshold <= 1:
             raise NucleiError(f"--confidence-threshold is {threshold}; it lies in 0 to 1")
+        if not 0 <= self.options.least_contrast < np.inf:
+            raise NucleiError(f"--least-contrast is {self.options.least_contrast}; give 0 or more")
         self.cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = float(threshold)
         self._check_scale()
         self._network = TileNetwork(self.cfg)

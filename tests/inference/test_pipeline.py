@@ -210,6 +210,8 @@ def test_nuclei_of_another_size_than_the_models_are_reported(field):
     [
         ({"tile": 128, "overlap": 128}, "--tile 128 is less than twice --overlap"),
         ({"confidence_threshold": 50}, "--confidence-threshold is 50"),
+        ({"least_contrast": -1.0}, "--least-contrast is -1.0"),
+        ({"least_contrast": float("nan")}, "--least-contrast is nan"),
         ({"diameter": 10, "pixel_size": 0.3}, "give one of them"),
         ({"diameter": 10}, "INPUT.NUCLEUS_DIAMETER"),
     ],
