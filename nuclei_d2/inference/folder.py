@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from nuclei_d2.inference.inputs import unique_stems
 from nuclei_d2.inference.manifest import manifest
 from nuclei_d2.inference.nuclei import ImageInfo
-from nuclei_d2.inference.overview import write_overview
+from nuclei_d2.inference.overview import TABLE, write_overview
 from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
 from nuclei_d2.inference.work import SharedWork
 from nuclei_d2.inference.writers import get_writer, write_outputs
@@ -29,6 +29,7 @@ from nuclei_d2.utils.files import jsonable, write_json
 
 # Where these differ, the results are the same. Of MODEL.WEIGHTS the content is compared.
 _FREE_KEYS = ("config.MODEL.DEVICE", "config.MODEL.WEIGHTS", "config.OUTPUT_DIR", "model.file")
+_THUMBNAILS = "report"
 
 
 class Outcome(NamedTuple):
@@ -102,14 +103,15 @@ class FolderPrediction:
 
     def clear(self) -> None:
         """Remove what earlier calls with this output folder have written."""
-        for file in (self.output / "records").glob("*.json"):
-            for name in _read_json(file)["outputs"]:
-                with suppress(FileNotFoundError):
-                    (self.output / name).unlink()
-        for folder in ("records", "failures", "claims", "work", "report"):
+        for file in (self.output / "records").glob("[!.]*.json"):
+            for name in (*_read_json(file)["outputs"], f"{_THUMBNAILS}/{file.stem}.webp"):
+                (self.output / name).unlink(missing_ok=True)
+        for folder in ("records", "failures", "claims", "work"):
             shutil.rmtree(self.output / folder, ignore_errors=True)
-        for name in ("manifest.json", "summary.json", "report.html"):
+        for name in ("manifest.json", "summary.json", "report.html", TABLE):
             (self.output / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or with files of others
+            (self.output / _THUMBNAILS).rmdir()
 
     def count_finished(self) -> int:
         """Images that are done or have failed, by whichever process."""
@@ -164,14 +166,16 @@ class FolderPrediction:
             info = ImageInfo(source.path.name, source.read, source.channels, pixel_size)
             # Written aside: an interrupted writer leaves nothing among the results.
             written = write_outputs(folder / "outputs", name, nuclei, info, self.formats)
-            thumbnail = Path("report", f"{name}.webp")
-            write_thumbnail(self.output / thumbnail, nuclei, info)
+            thumbnail = folder / "outputs" / f"{name}.webp"
+            write_thumbnail(thumbnail, nuclei, info)
         for path in written:
             path.replace(self.output / path.name)
+        (self.output / _THUMBNAILS).mkdir(exist_ok=True)
+        thumbnail.replace(self.output / _THUMBNAILS / thumbnail.name)
         return {
             **record,
             "outputs": [path.name for path in written],
-            "thumbnail": thumbnail.as_posix(),
+            "thumbnail": f"{_THUMBNAILS}/{thumbnail.name}",
         }
 
     def summarize(self) -> dict[str, Any]:

@@ -135,10 +135,13 @@ def test_other_settings_are_refused(images, tmp_path, changes, message):
 
 def test_overwrite_removes_what_was_written_and_nothing_else(images, tmp_path):
     run(prediction(images, tmp_path))
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    notes = [tmp_path / "out" / name for name in ("notes.txt", "report/notes.txt")]
+    for path in notes:
+        path.write_text("mine")
+    (tmp_path / "out" / "records" / ".a.1.tmp.json").write_text("{")  # of a killed process
     folder = prediction(images[:1], tmp_path, formats=("labels",), tta=True)
     folder.clear()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"notes.txt"}
+    assert sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file()) == notes
     assert len(run(folder)) == 1
 
 
