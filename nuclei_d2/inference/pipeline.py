@@ -37,7 +37,6 @@ from nuclei_d2.inference.tiling import (
     resample_tile,
     save_result,
     source_window,
-    take,
 )
 from nuclei_d2.inference.tta import UPRIGHT, VIEWS, vote
 from nuclei_d2.utils.errors import NucleiError
@@ -152,8 +151,6 @@ class NucleiPipeline:
         grid = make_grid(source.size, scale, self.options.tile, self.options.overlap)
         results = self._find_in_tiles(image, grid, folder)
         nuclei, seams = merge_tiles(results, grid)
-        visible = ~(nuclei.measures["contrast"] < self.options.least_contrast)  # NaN is kept
-        invisible, nuclei = int((~visible).sum()), take(nuclei, visible)
         diameter = float(np.median(np.sqrt(4 / np.pi * nuclei.areas))) if len(nuclei) else None
         nuclei.measures["quality"] = nuclei_quality(nuclei)
         counts = np.sum([result.counts for result in results], axis=0)
@@ -175,7 +172,7 @@ class NucleiPipeline:
                 "high": image.contrast.low + image.contrast.span,
             },
             "nuclei": len(nuclei),
-            "invisible_nuclei": invisible,
+            "invisible_nuclei": sum(result.invisible for result in results),
             "median_diameter_px": diameter,
             "quality": float(nuclei.measures["quality"].mean()) if len(nuclei) else None,
             "measures": measures,
@@ -241,8 +238,11 @@ class NucleiPipeline:
         nuclei = vote(found) if self.options.tta else found[0]
         origin = tuple(span.start for span in source_window(grid, tile))
         noise = image.contrast.visible_noise
-        nuclei.measures["contrast"] = nuclear_contrast(nuclei.masks, window, noise, origin)
-        return judge_tile(nuclei, tile, grid, any(capped), count_pixels(pixels[tile.owned]))
+        contrast = nuclear_contrast(nuclei.masks, window, noise, origin)
+        nuclei.measures["contrast"] = contrast
+        visible = ~(contrast < self.options.least_contrast)  # NaN is kept
+        counts = count_pixels(pixels[tile.owned])
+        return judge_tile(nuclei, visible, tile, grid, any(capped), counts)
 
     def _warnings(self, results: list[TileResult], seams: Seams, grid: Grid) -> list[str]:
         """What the user should know before trusting the result, each with the remedy."""

@@ -192,6 +192,8 @@ class TileResult(NamedTuple):
         cut: nuclei with their centre in the owned part that the tile's edge cuts.
         largest: longer side of the largest nucleus in the owned part, network pixels.
         capped: whether the model returned as many nuclei as it may.
+        invisible: nuclei with their centre in the owned part that the noise hides; they count
+            nowhere else.
         counts: :func:`~nuclei_d2.inference.image_measures.count_pixels` of the owned part.
     """
 
@@ -200,6 +202,7 @@ class TileResult(NamedTuple):
     cut: int
     largest: float
     capped: bool
+    invisible: int
     counts: np.ndarray
 
 
@@ -211,12 +214,13 @@ class Seams(NamedTuple):
 
 
 def judge_tile(
-    found: Nuclei, tile: Tile, grid: Grid, capped: bool, counts: np.ndarray
+    found: Nuclei, visible: np.ndarray, tile: Tile, grid: Grid, capped: bool, counts: np.ndarray
 ) -> TileResult:
-    """Keep what the tile owns, with a margin, and leave out what its edges cut.
+    """Keep what can be seen and the tile owns, with a margin; leave out what its edges cut.
 
     Args:
         found: all nuclei of the tile, in the coordinates of the full image.
+        visible: (N,) bool.
         capped, counts: see :class:`TileResult`.
     """
     boxes = found.boxes * np.tile(grid.scale, 2)
@@ -227,10 +231,11 @@ def judge_tile(
         cut |= (span.start > 0) & (boxes[:, axis] < span.start + _EDGE)
         cut |= (span.stop < length) & (boxes[:, axis + 2] > span.stop - _EDGE)
     owned = _inside(centres, tile, grid, 0)
-    sides = (boxes[:, 2:] - boxes[:, :2])[owned].max(initial=0)
-    kept = _inside(centres, tile, grid, grid.margin) & ~cut
-    number = int((owned & cut).sum())
-    return TileResult(tile, take(found, kept), number, float(sides), capped, counts)
+    sides = (boxes[:, 2:] - boxes[:, :2])[owned & visible].max(initial=0)
+    kept = _inside(centres, tile, grid, grid.margin) & visible & ~cut
+    numbers = [int((owned & of).sum()) for of in (visible & cut, ~visible)]
+    nuclei = take(found, kept)
+    return TileResult(tile, nuclei, numbers[0], float(sides), capped, numbers[1], counts)
 
 
 def save_result(path: Path, result: TileResult) -> None:
@@ -243,7 +248,7 @@ def save_result(path: Path, result: TileResult) -> None:
             pixels=np.packbits(np.concatenate([np.zeros(0, bool), *pixels])),
             boxes=nuclei.boxes,
             scores=nuclei.scores,
-            rest=np.array([result.cut, result.largest, result.capped], float),
+            rest=np.array([result.cut, result.largest, result.capped, result.invisible], float),
             counts=result.counts,
             **{f"measure_{name}": values for name, values in nuclei.measures.items()},
         )
@@ -265,8 +270,9 @@ def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
     ]
     measures = {k.removeprefix("measure_"): v for k, v in arrays.items() if k[:8] == "measure_"}
     nuclei = Nuclei(masks, arrays["scores"], grid.size, measures)
-    cut, largest, capped = arrays["rest"].tolist()
-    return TileResult(tile, nuclei, int(cut), largest, bool(capped), arrays["counts"])
+    cut, largest, capped, invisible = arrays["rest"].tolist()
+    counts = arrays["counts"]
+    return TileResult(tile, nuclei, int(cut), largest, bool(capped), int(invisible), counts)
 
 
 def merge_tiles(results: Sequence[TileResult], grid: Grid) -> tuple[Nuclei, Seams]:

@@ -69,6 +69,19 @@ def test_what_the_noise_hides_is_no_nucleus(tmp_path):
     assert record["invisible_nuclei"] == len(found) - len(kept) > 10
 
 
+def test_of_what_the_noise_hides_nothing_is_warned_of(tmp_path):
+    noise = np.random.default_rng(1).normal(0, 20, (200, 600))
+    noise[50:150, 100:300] += 50
+    tifffile.imwrite(tmp_path / "bar.tif", np.rint(1000 + noise).astype(np.uint16))
+    keys = ("MODEL.CLASSICAL.MIN_LEVEL", "10", "MODEL.CLASSICAL.MIN_DISTANCE", "200")
+    _, record = pipeline(*keys, tile=256, overlap=64, least_contrast=0)(tmp_path / "bar.tif")
+    assert record["tiles"]["cut_nuclei"] > 0
+    _, record = pipeline(*keys, tile=256, overlap=64)(tmp_path / "bar.tif")
+    assert record["invisible_nuclei"] > 0
+    assert record["nuclei"] == record["tiles"]["cut_nuclei"] == record["tiles"]["seam_nuclei"] == 0
+    assert record["warnings"] == []
+
+
 @pytest.mark.parametrize(
     "image",
     [

@@ -108,6 +108,7 @@ def test_only_the_needed_part_of_the_file_is_read():
 
 
 COUNTS = np.arange(259.0)
+SEEN = np.ones(9, bool)
 GRID = make_grid((100, 1000), 1.0, 512, 128)  # cuts at column 448 and 832
 
 
@@ -120,7 +121,7 @@ def test_a_nucleus_belongs_to_the_tile_that_owns_its_centre():
         (10, 418, 20, 20, 0.7),  # centre at 428: not any more
         (10, 838, 20, 20, 0.6),  # centre at 848: the first one outside the margin
     )
-    result = judge_tile(found, middle, GRID, capped=False, counts=COUNTS)
+    result = judge_tile(found, SEEN[:4], middle, GRID, capped=False, counts=COUNTS)
     assert corners(result.nuclei) == [(10, 600), (10, 428)]
     assert result.cut == 0
     assert result.largest == 20
@@ -128,17 +129,31 @@ def test_a_nucleus_belongs_to_the_tile_that_owns_its_centre():
 
 def test_a_nucleus_that_the_tile_cuts_is_left_out_and_counted():
     found = squares(GRID.size, (10, 385, 20, 200, 0.9), (0, 384, 20, 200, 0.8))
-    result = judge_tile(found, GRID.tiles[1], GRID, capped=True, counts=COUNTS)
+    result = judge_tile(found, SEEN[:2], GRID.tiles[1], GRID, capped=True, counts=COUNTS)
     assert len(result.nuclei) == 0
     assert result.cut == 2
     assert result.capped
     found = squares(GRID.size, (0, 0, 100, 300, 0.9))  # the image's own edges cut nothing
-    assert judge_tile(found, GRID.tiles[0], GRID, False, COUNTS).cut == 0
+    assert judge_tile(found, SEEN[:1], GRID.tiles[0], GRID, False, COUNTS).cut == 0
+
+
+def test_what_cannot_be_seen_is_counted_once_and_nowhere_else():
+    found = squares(
+        GRID.size,
+        (10, 600, 20, 20, 0.9),
+        (40, 600, 30, 30, 0.8),  # owned
+        (10, 428, 20, 20, 0.7),  # in the margin
+        (10, 385, 20, 200, 0.6),  # cut
+    )
+    visible = np.array([True, False, False, False])
+    result = judge_tile(found, visible, GRID.tiles[1], GRID, capped=False, counts=COUNTS)
+    assert corners(result.nuclei) == [(10, 600)]
+    assert (result.invisible, result.cut, result.largest) == (2, 0, 20)
 
 
 def results(*boxes_of_tiles, grid=GRID):
     return [
-        TileResult(tile, squares(grid.size, *boxes), 0, 0, False, COUNTS)
+        TileResult(tile, squares(grid.size, *boxes), 0, 0, False, 0, COUNTS)
         for tile, boxes in zip(grid.tiles, boxes_of_tiles, strict=True)
     ]
 
@@ -228,11 +243,11 @@ def test_a_result_survives_its_file(tmp_path):
     measures = {"agreement": np.array([0.5, 1.0, 0.75])}
     nuclei = Nuclei.from_masks(masks, np.array([0.9, 0.8, 0.7]), GRID.size, measures)
     for kept in (nuclei, squares(GRID.size)):
-        result = TileResult(GRID.tiles[1], kept, 3, 17.5, True, COUNTS)
+        result = TileResult(GRID.tiles[1], kept, 3, 17.5, True, 2, COUNTS)
         assert load_result(tmp_path / "a.npz", GRID.tiles[1], GRID) is None
         save_result(tmp_path / "a.npz", result)
         loaded = load_result(tmp_path / "a.npz", GRID.tiles[1], GRID)
-        assert loaded[2:5] == result[2:5]
+        assert loaded[2:6] == result[2:6]
         np.testing.assert_array_equal(loaded.counts, COUNTS)
         np.testing.assert_array_equal(loaded.nuclei.scores, kept.scores)
         np.testing.assert_array_equal(loaded.nuclei.boxes, kept.boxes)
