@@ -24,6 +24,7 @@ from nuclei_d2.utils.files import atomic_path
 ALIGNMENT = 64
 DUPLICATE_IOU = 0.5  # of two nuclei from different tiles, or views
 _DUPLICATE_CONTAINMENT = 0.7  # common pixels over those of the smaller one
+_NUMBERS = 4  # of a tile's result, in its file
 _EDGE = 2  # network pixels; a nucleus that ends so close to a tile's inner edge is cut by it
 
 
@@ -255,11 +256,13 @@ def save_result(path: Path, result: TileResult) -> None:
 
 
 def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
-    """What :func:`save_result` wrote for ``tile``; None if there is no such file."""
+    """What :func:`save_result` wrote for ``tile``; None without a file of this version."""
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
+    if "counts" not in arrays or len(arrays["rest"]) != _NUMBERS:
+        return None
     boxes = arrays["boxes"]
     shapes = boxes[:, 2:] - boxes[:, :2]
     ends = shapes.prod(axis=1).cumsum()

@@ -235,6 +235,17 @@ def test_what_goes_takes_nothing_with_it():
     assert keep_best(pairs, np.array([1, 0, 2])).tolist() == [False, True, False]
 
 
+def test_a_result_of_another_version_is_not_used(tmp_path):
+    path = tmp_path / "a.npz"
+    save_result(path, TileResult(GRID.tiles[1], squares(GRID.size), 0, 0.0, False, 0, COUNTS))
+    with np.load(path) as file:
+        arrays = dict(file)
+    for other in ({"rest": np.zeros(3)}, {"counts": None}):
+        content = {k: v for k, v in (arrays | other).items() if v is not None}
+        np.savez_compressed(path, **content)
+        assert load_result(path, GRID.tiles[1], GRID) is None
+
+
 def test_a_result_survives_its_file(tmp_path):
     rng = np.random.default_rng(0)
     masks = [BoxedMask(rng.random((h, w)) < 0.5, 5, 7) for h, w in [(3, 5), (1, 1), (8, 2)]]
