@@ -59,10 +59,15 @@ def _reduced_image(image: ImageInfo, size: tuple[int, int], factor: int) -> np.n
 
 
 def _reduced_masks(nuclei: Nuclei, size: tuple[int, int], factor: int) -> BoxedMasks:
-    """Every ``factor``-th pixel of the masks in an image of the reduced ``size``, best last."""
+    """Every ``factor``-th pixel of the masks in an image of the reduced ``size``, best last.
+
+    Nuclei without such a pixel are left out.
+    """
     pixels, windows = [torch.zeros(0, dtype=torch.bool)], []
     for mask, top, left in reversed(nuclei.masks):
         part = mask[-top % factor :: factor, -left % factor :: factor]
+        if not part.any():
+            continue
         pixels.append(torch.from_numpy(part.ravel()))
         y, x = -(-top // factor), -(-left // factor)
         windows.append((x, y, x + part.shape[1], y + part.shape[0]))

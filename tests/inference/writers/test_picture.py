@@ -54,6 +54,23 @@ def test_no_nuclei(tmp_path, no_nuclei, blank):
     assert not drawing.any()
 
 
+def test_nuclei_that_vanish_by_reducing_cost_nothing(tmp_path, monkeypatch):
+    """1,100 px by 2: of five nuclei the one with a pixel at even coordinates stays."""
+    image = ImageInfo.from_array(np.zeros((1100, 40, 1), np.float32), "a")
+    masks = [BoxedMask(np.ones((1, 1), bool), *place) for place in ((2, 2), (2, 3), (3, 2), (5, 5))]
+    holes = BoxedMask(np.array([[1, 1], [1, 0], [1, 1]], bool), 7, 7)
+    drawn = []
+
+    def draw(drawing, masks):
+        drawn.append(len(masks))
+        return draw_contours(drawing, masks)
+
+    monkeypatch.setattr(picture, "draw_contours", draw)
+    nuclei = Nuclei.from_masks([*masks, holes], np.ones(5), (1100, 40))
+    write_thumbnail(tmp_path / "a.webp", nuclei, image)
+    assert drawn == [1]
+
+
 @pytest.mark.parametrize(("size", "expected"), [((70, 50), (512, 366)), ((1500, 3000), (256, 512))])
 def test_a_thumbnail_shows_the_outlines(tmp_path, size, expected):
     side = size[0] // 2
