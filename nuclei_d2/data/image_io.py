@@ -20,6 +20,7 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Immerkaer's noise mask: the difference of two Laplacians, zero on any quadratic surface.
 _NOISE_MASK = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 _NORMAL_MAD = 0.6745  # median of |x| for x ~ N(0, 1)
+_ROUNDING = 12**-0.5  # standard deviation of rounding to whole grey levels
 _TINY = 1e-20  # grey levels; keeps the scale of an all-black image finite in float32
 _MAX_LEVELS = 1 << 20  # integer images with a wider range are sorted instead of counted
 _MAX_SAMPLES = 1 << 24  # values of an image whose levels cannot be counted band by band
@@ -227,7 +228,8 @@ class ContrastRange:
     """Grey levels of an image that become 0 (``low``) and 255 (``low + span``).
 
     Attributes:
-        noise: standard deviation of the pixel noise, in grey levels of the image.
+        noise: standard deviation of the pixel noise, in grey levels of the image; of integers at
+            least that of rounding to them.
     """
 
     low: float
@@ -260,7 +262,8 @@ def contrast_range(
     low, high = _percentiles(image, percentiles, integer)
     noise = estimate_noise(image)
     floor = max(noise_floor * noise, min_levels if integer else 0.0)
-    return ContrastRange(low, _span(high - low, floor, image.min(), image.max()), noise)
+    span = _span(high - low, floor, image.min(), image.max())
+    return ContrastRange(low, span, max(noise, _ROUNDING if integer else 0.0))
 
 
 def _span(stretch: float, floor: float, darkest: float, brightest: float) -> float:
@@ -345,7 +348,8 @@ def contrast_range_of_source(
     low, high = pool.levels.percentiles(percentiles, pool.grey)
     noise = _noise_from_median(pool.noise.percentiles((50.0,), pool.grey)[0])
     floor = max(noise_floor * noise, min_levels if pool.integer else 0.0)
-    return ContrastRange(low, _span(high - low, floor, pool.darkest, pool.brightest), noise)
+    span = _span(high - low, floor, pool.darkest, pool.brightest)
+    return ContrastRange(low, span, max(noise, _ROUNDING if pool.integer else 0.0))
 
 
 def _bands(source: PixelSource) -> Iterator[np.ndarray]:

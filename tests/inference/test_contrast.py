@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.data.image_io import contrast_range
 from nuclei_d2.inference.contrast import nuclear_contrast
 
 SQUARE = np.ones((6, 6), bool)
@@ -58,6 +59,20 @@ def test_a_nucleus_may_reach_beyond_the_pixels():
     assert nuclear_contrast([nucleus], pixels[10:, 22:], 4, origin=(10, 22)).tolist() == [5]
     assert nuclear_contrast([nucleus], pixels[:10, :22], 4).tolist() == [5]
     assert np.isnan(nuclear_contrast([nucleus], pixels[20:], 4, origin=(20, 0)))
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.35])
+def test_rounding_to_grey_levels_makes_nothing_visible(noise):
+    """Most pixels have one level, so the noise measured is 0; two levels more can be seen."""
+    image = np.rint(np.random.default_rng(0).normal(20, noise, (200, 200, 1))).astype(np.float32)
+    contrast = contrast_range(image)
+    nucleus = BoxedMask(np.ones((30, 30), bool), 50, 50)
+    found = nuclear_contrast([nucleus], contrast.apply(image), contrast.visible_noise)
+    assert found < 3
+    image[50:80, 50:80] += 2
+    contrast = contrast_range(image)
+    found = nuclear_contrast([nucleus], contrast.apply(image), contrast.visible_noise)
+    assert found > 3
 
 
 def test_no_nuclei():
