@@ -16,13 +16,14 @@ from scipy.sparse import csr_array
 
 from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import Nuclei
+from nuclei_d2.structures.box_pairs import near_pairs
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path
 
 # Tiles begin at multiples of the coarsest feature map's stride (p6), network pixels: the features
 # of a tile lie on the grid of the whole image's.
 ALIGNMENT = 64
-DUPLICATE_IOU = 0.5  # of two nuclei from different tiles, or views
+DUPLICATE_IOU = 0.5  # of two nuclei
 _DUPLICATE_CONTAINMENT = 0.7  # common pixels over those of the smaller one
 _NUMBERS = 4  # of a tile's result, in its file
 _EDGE = 2  # network pixels; a nucleus that ends so close to a tile's inner edge is cut by it
@@ -279,10 +280,11 @@ def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
 
 
 def merge_tiles(results: Sequence[TileResult], grid: Grid) -> tuple[Nuclei, Seams]:
-    """One answer from all tiles: duplicates along the seams are removed.
+    """One answer from all tiles: duplicates are removed, along the seams and inside of tiles.
 
-    Two nuclei of neighbouring tiles are the same if their IoU is at least 0.5, or one contains 70 %
-    of the other. The one whose tile owns its centre stays, of two such the one of higher score.
+    Two nuclei of a tile or of neighbouring tiles are the same if their IoU is at least 0.5, or one
+    contains 70 % of the other: a detector's suppression compares boxes, and lets a fragment of a
+    nucleus pass. The one whose tile owns its centre stays, of two such the one of higher score.
     """
     starts = np.cumsum([0, *(len(result.nuclei) for result in results)])
     owned, centres = [], []
@@ -291,10 +293,11 @@ def merge_tiles(results: Sequence[TileResult], grid: Grid) -> tuple[Nuclei, Seam
         centres.append((boxes[:, :2] + boxes[:, 2:]) / 2)
         owned.append(_inside(centres[-1], result.tile, grid, 0))
     pairs, looked_at, agreed = [np.zeros((0, 2), int)], 0, 0
+    for start, result in zip(starts, results, strict=False):
+        pairs.append(start + find_own_overlaps(result.nuclei).duplicates)
     for a, b in _neighbours([result.tile for result in results]):
         overlap = find_overlaps(results[a].nuclei, results[b].nuclei)
-        same = overlap.is_duplicate
-        pairs.append(np.stack([starts[a] + overlap.first, starts[b] + overlap.second], 1)[same])
+        pairs.append(starts[[a, b]] + overlap.duplicates)
         for own, partner in ((a, overlap.first), (b, overlap.second)):
             shared = np.ones(len(centres[own]), bool)
             for side in (a, b):
@@ -334,7 +337,7 @@ def _neighbours(tiles: Sequence[Tile]) -> Iterable[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Pairs of nuclei of two sets that share a pixel."""
+    """Pairs of nuclei of two sets, or of one, that share a pixel."""
 
     first: np.ndarray  # (K,) index into the first set
     second: np.ndarray  # (K,) index into the second set
@@ -347,17 +350,28 @@ class Overlaps:
         return self.common / (self.areas.sum(axis=1) - self.common)
 
     @property
-    def is_duplicate(self) -> np.ndarray:
-        """(K,) bool: both are the same nucleus, or one lies in the other."""
+    def duplicates(self) -> np.ndarray:
+        """(D, 2) indices of pairs that are the same nucleus, or of which one lies in the other."""
         contained = self.common / self.areas.min(axis=1)
-        return (self.iou >= DUPLICATE_IOU) | (contained >= _DUPLICATE_CONTAINMENT)
+        same = (self.iou >= DUPLICATE_IOU) | (contained >= _DUPLICATE_CONTAINMENT)
+        return np.stack([self.first, self.second], axis=1)[same]
 
 
 def find_overlaps(first: Nuclei, second: Nuclei) -> Overlaps:
     """All pairs with common pixels; the cost is that of comparing N x M boxes."""
     a, b = first.boxes[:, None], second.boxes[None]
     touching = (a[..., :2] < b[..., 2:]).all(axis=2) & (b[..., :2] < a[..., 2:]).all(axis=2)
-    i, j = np.nonzero(touching)
+    return _overlaps(first, second, *np.nonzero(touching))
+
+
+def find_own_overlaps(nuclei: Nuclei) -> Overlaps:
+    """All pairs of one set with common pixels, each once."""
+    pairs = np.array(list(near_pairs(nuclei.boxes, 1)), int).reshape(-1, 2)
+    return _overlaps(nuclei, nuclei, *pairs.T)
+
+
+def _overlaps(first: Nuclei, second: Nuclei, i: np.ndarray, j: np.ndarray) -> Overlaps:
+    """Those of the pairs (i, j), indices into the two sets, with common pixels."""
     common = [_common(first.masks[p], second.masks[q]) for p, q in zip(i, j, strict=True)]
     common = np.array(common, np.int64)
     i, j, common = i[common > 0], j[common > 0], common[common > 0]

@@ -13,6 +13,7 @@ from nuclei_d2.inference.tiling import (
     DUPLICATE_IOU,
     concatenate,
     find_overlaps,
+    find_own_overlaps,
     keep_best,
     sort,
     take,
@@ -60,9 +61,7 @@ def vote(views: Sequence[Nuclei]) -> Nuclei:
     scores = means.pop("scores")
     agreement = np.array([len(group) / len(views) for group in groups])
     found = Nuclei(masks, scores, size, {**means, "agreement": agreement})
-    overlaps = find_overlaps(found, found)
-    pairs = np.stack([overlaps.first, overlaps.second], axis=1)
-    pairs = pairs[overlaps.is_duplicate & (overlaps.first < overlaps.second)]
+    pairs = find_own_overlaps(found).duplicates
     return sort(take(found, keep_best(pairs, np.lexsort((-scores, -agreement)))))
 
 

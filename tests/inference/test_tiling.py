@@ -10,6 +10,7 @@ from nuclei_d2.inference.tiling import (
     ALIGNMENT,
     TileResult,
     find_overlaps,
+    find_own_overlaps,
     judge_tile,
     keep_best,
     load_result,
@@ -175,9 +176,24 @@ def test_a_nucleus_inside_another_tiles_one_goes():
     assert nuclei.scores.tolist() == [0.9]  # both are owned: the score decides
 
 
+def test_a_fragment_inside_a_nucleus_of_its_tile_goes():
+    nucleus, fragment = (10, 100, 20, 20, 0.9), (10, 100, 20, 8, 0.8)  # IoU 0.4, but inside
+    nuclei, _ = merge_tiles(results([fragment, nucleus], [], []), GRID)
+    assert nuclei.scores.tolist() == [0.9]
+
+
+def test_a_fragment_goes_with_the_better_nucleus_of_another_tile():
+    merged = (10, 438, 20, 40, 0.9)  # centre 458: owned by the second tile
+    fragment = (10, 438, 20, 14, 0.7)  # owned by the first, which sees the other, too
+    nuclei, _ = merge_tiles(results([merged, fragment], [merged], []), GRID)
+    assert corners(nuclei) == [(10, 438)]
+    assert nuclei.scores.tolist() == [0.9]
+
+
 def test_overlapping_nuclei_of_one_tile_stay():
-    twice = [(10, 440, 20, 20, 0.9), (10, 441, 20, 20, 0.8)]
-    nuclei, _ = merge_tiles(results(twice, [], []), GRID)
+    nuclei, _ = merge_tiles(
+        results([(10, 100, 20, 20, 0.9), (10, 110, 20, 20, 0.8)], [], []), GRID
+    )  # half of each in common, IoU 1/3
     assert len(nuclei) == 2
 
 
@@ -227,6 +243,11 @@ def test_overlaps_equal_those_of_full_masks(seed):
     np.testing.assert_array_equal(found, expected)
     union = (full[0][overlaps.first] | full[1][overlaps.second]).sum(axis=(1, 2))
     np.testing.assert_allclose(overlaps.iou, overlaps.common / union)
+    own = find_own_overlaps(sets[0])
+    pairs = {frozenset(pair) for pair in zip(own.first.tolist(), own.second.tolist(), strict=True)}
+    common = np.einsum("aij,bij->ab", full[0].astype(int), full[0].astype(int))
+    assert len(pairs) == len(own.first) == np.triu(common, 1).astype(bool).sum()
+    np.testing.assert_array_equal(own.common, common[own.first, own.second])
 
 
 def test_what_goes_takes_nothing_with_it():
