@@ -5,11 +5,13 @@
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from nuclei_d2.config import load_config
 from nuclei_d2.study.datasets import annotation_file
@@ -46,13 +48,16 @@ def collect_run(run: Run, schedule: tuple[str, ...], folder: Path, output: Path)
     write_json(output / "run.json", content)
 
 
-def collect_other(study: Study, other: Other) -> None:
+def collect_other(study: Study, other: Other, say: Callable[[str], None] = tqdm.write) -> None:
     """Measure another program's predictions; what is measured already stays.
 
     All of them count, whatever their scores.
 
+    Args:
+        say: takes a line about each seed without predictions, which the report goes without.
+
     Raises:
-        NucleiError: there are none, or they do not fit the test set.
+        NucleiError: they do not fit the test set.
     """
     task = study.tasks[other.task]
     cfg = load_config()
@@ -60,6 +65,9 @@ def collect_other(study: Study, other: Other) -> None:
     for seed, predictions in enumerate(other.predictions):
         folder = study.results_dir / task.name / other.name / f"seed{seed}"
         if (folder / "run.json").is_file():
+            continue
+        if not Path(predictions).exists():
+            say(f"{other.name}: nothing in {predictions} yet")
             continue
         tests = {task.test[0]: (truth, predictions)}
         measure(None, tests, str(folder), cfg.TEST.DETECTIONS_PER_IMAGE)

@@ -57,6 +57,15 @@ def test_predictions_of_another_program_are_measured_once(study_file, tiny_data,
     collect_other(study, study.others["stardist"])  # done already
 
 
+def test_predictions_that_are_not_there_yet_are_left_out(study_file, tiny_data):
+    other = {"task": "a", "predictions": ["nowhere/seed0", "nowhere/seed1"]}
+    study = load_study(study_file(others={"stardist": other}))
+    said = []
+    collect_other(study, study.others["stardist"], said.append)
+    assert [line.rpartition("nowhere/")[2] for line in said] == ["seed0 yet", "seed1 yet"]
+    assert load_results(study) == []
+
+
 def test_broken_files_are_one_line(tmp_path):
     path = tmp_path / "run.json"
     for text in ("{", "[]"):
