@@ -47,6 +47,14 @@ def test_failures_come_first_then_warnings_then_low_quality(tmp_path):
     assert "12 nuclei in 4 images" in page
 
 
+def test_one_is_singular(tmp_path):
+    write_overview(tmp_path, {"a": record(0.9, nuclei=1)}, MANIFEST)
+    page = (tmp_path / "report.html").read_text()
+    assert "1 nucleus in 1 image<" in page
+    assert "1 image to look at first" in page
+    assert "1 nucleus, quality" in page
+
+
 def test_the_page_stays_small_and_the_table_has_all(tmp_path, monkeypatch):
     monkeypatch.setattr(overview, "LISTED", 30)
     noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)
