@@ -183,7 +183,7 @@ def _add_test_keys(cfg: CfgNode) -> None:
     # Number on DATASETS.VAL that chooses model_best.pth; with several sets "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = "segm/AP"
     # Least score, 0 to 1, of the predictions that the label-based metrics (F1, PQ, AJI ..) count;
-    # where they overlap, the pixel belongs to the highest score.
+    # where they overlap and nuclei do not, the pixel belongs to the highest score.
     cfg.TEST.SCORE_THRESH_LABELS = 0.5
 
 
@@ -296,7 +296,7 @@ def _unknown_key(cfg: CfgNode, key: str) -> str:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Raise :class:`NucleiError` for a choice that is none, listing the valid ones."""
+    """Raise :class:`NucleiError` for a value that cannot be, saying which ones can."""
     for key, choices in _CHOICES.items():
         check_choice(key, _value(cfg, key), choices)
     for key, registry in _REGISTRIES.items():
@@ -306,6 +306,9 @@ def check_config(cfg: CfgNode) -> None:
             raise NucleiError(
                 f"DATASETS.CUSTOM: an entry is [name, annotation JSON, image folder], got {entry}"
             )
+    cap = cfg.TEST.DETECTIONS_PER_IMAGE
+    if cap < 1:
+        raise NucleiError(f"TEST.DETECTIONS_PER_IMAGE is {cap}; it counts instances, from 1")
 
 
 def _value(cfg: CfgNode, key: str):

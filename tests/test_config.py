@@ -43,6 +43,8 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         (["SOLVER.LR_SCHEDULER_NAME", "Foo"], "valid: WarmupMultiStepLR"),
         (["INPUT.SCALE", "big"], "INPUT.SCALE"),
         (["INPUT.SCALE"], "KEY VALUE pairs"),
+        (["TEST.DETECTIONS_PER_IMAGE", "-1"], "TEST.DETECTIONS_PER_IMAGE is -1; .* from 1"),
+        (["TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE is 0"),
         (["DATASETS.CUSTOM", "[['a', 'b']]"], r"\[name, annotation JSON, image folder\]"),
     ],
 )
