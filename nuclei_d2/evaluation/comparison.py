@@ -13,7 +13,11 @@ from nuclei_d2.evaluation.bootstrap import LEVEL, bootstrap_intervals, paired_di
 from nuclei_d2.evaluation.boundary_ap import ScoredImage, boundary_ap, match_scored
 from nuclei_d2.evaluation.coco_evaluation import AREA_RANGES, coco_ap, dataset_to_coco
 from nuclei_d2.evaluation.inputs import GroundTruth, Predictions, ScoredMasks
-from nuclei_d2.evaluation.instances import LabelLayers, layers_from_scored_masks
+from nuclei_d2.evaluation.instances import (
+    LabelLayers,
+    layers_from_predictions,
+    layers_from_scored_masks,
+)
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import HEADLINE, ImageScores, ScoreTable, nest, score_image
 from nuclei_d2.utils.errors import NucleiError
@@ -71,6 +75,7 @@ class _Collector:
         self.scored: list[ScoredImage] = []
         self.records: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
+        self.n_sure = self.n_hidden = 0  # sure predictions, and those of them without a label
 
     def add(self, name: str, truth: GroundTruth, gt: LabelLayers) -> None:
         source = self.predictions.images[name]
@@ -78,7 +83,7 @@ class _Collector:
         self.names.append(name)
         if isinstance(found, ScoredMasks):
             self._add_scored(name, truth, gt, found)
-            found = flatten(found, self.score_threshold)
+            found = self._labels_of(found, gt)
         _check_size(gt, found, truth.images[name].where, source.where)
         self.images.append(score_image(gt, found))
 
@@ -90,6 +95,13 @@ class _Collector:
         self.records.append({**record, "image_id": image_id})
         self.scored.append(match_scored(gt, found.masks, found.scores, self._cap(found)))
         self.results += [{**result, "image_id": image_id} for result in found.results]
+
+    def _labels_of(self, found: ScoredMasks, gt: LabelLayers) -> LabelLayers:
+        layers = layers_from_predictions(found.masks, found.scores, self.score_threshold, gt)
+        sure = int((found.scores >= self.score_threshold).sum())
+        self.n_sure += sure
+        self.n_hidden += sure - layers.count
+        return layers
 
     def _cap(self, found: ScoredMasks) -> int:
         return len(found.masks) if self.max_dets is None else self.max_dets
@@ -124,6 +136,11 @@ class _Collector:
             found.append("the ground truth has no nuclei at all")
         if not any(image.n_pred for image in self.images):
             found.append(f"{path}: no predictions count; the score threshold may be too high")
+        if self.n_hidden:
+            found.append(
+                f"{path}: {self.n_hidden} of {self.n_sure} sure predictions lie wholly under "
+                "others, or are empty, and count for AP only"
+            )
         scores = {result["score"] for result in self.results}
         if len(self.results) > 1 and len(scores) == 1:
             found.append(f"{path}: all scores are {scores.pop():g}; AP then has no meaning")

@@ -204,7 +204,7 @@ def _image_size(file: SourceFile) -> tuple[int, int]:
 
 def _open_coco(path: Path) -> GroundTruth:
     content = read_coco_json(path)
-    names = _image_names(content["images"])
+    names = _image_names(path, content["images"])
     records = load_nuclei_json(path, path.parent)
     by_name = {names[record["image_id"]]: record for record in records}
     images = {
@@ -216,13 +216,18 @@ def _open_coco(path: Path) -> GroundTruth:
     )
 
 
-def _image_names(entries: list[dict]) -> dict[Any, str]:
+def _image_names(file: Path, entries: list[dict]) -> dict[Any, str]:
     """Image id -> stem of its file; with the folders where stems repeat."""
     paths = {entry["id"]: PurePosixPath(entry["file_name"]).with_suffix("") for entry in entries}
     stems = {key: path.name for key, path in paths.items()}
     if len(set(stems.values())) == len(stems):
         return stems
-    return {key: str(path) for key, path in paths.items()}
+    owners: dict[str, Any] = {}
+    for key, path in paths.items():
+        other = owners.setdefault(str(path), key)
+        if other != key:
+            raise NucleiError(f"{file}: images {other} and {key} are both called {path}; keep one")
+    return {key: name for name, key in owners.items()}
 
 
 def _open_results(path: Path, results: list[Any], truth: GroundTruth) -> Predictions:

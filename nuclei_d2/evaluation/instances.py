@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.data.datasets.coco import BoxedMask, decode_counts
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,25 @@ def _interior(labels: np.ndarray) -> np.ndarray:
 
 
 def layers_from_label_image(labels: np.ndarray) -> LabelLayers:
-    """Number the labels of a (H, W) image of nonnegative integers 1..N, in their order."""
+    """Number the labels of a (H, W) image of nonnegative integers 1..N by their first pixel.
+
+    The labels' own values do not matter, so what a metric makes of a tie does not hang on them.
+    """
     # Every label starts a run, and runs are few.
     flat = labels.reshape(-1)
     starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    values = sorted_unique(np.append(flat[starts], flat[:1]))
-    values = values[values > 0]
+    values, first = np.unique(np.append(flat[:1], flat[starts]), return_index=True)
+    values, first = values[values > 0], first[values > 0]
     count = len(values)
-    dtype = _dtype(count)
+    numbers = np.zeros(count + 1, _dtype(count))
+    numbers[1 + np.argsort(first)] = np.arange(1, count + 1)
     top = int(values[-1]) if count else 0
-    if top == count:
-        dense = labels.astype(dtype)
-    elif top < 1 << 24:
-        lookup = np.zeros(top + 1, dtype)
-        lookup[values] = np.arange(1, count + 1)
+    if top < 1 << 24:
+        lookup = np.zeros(top + 1, numbers.dtype)
+        lookup[values] = numbers[1:]
         dense = np.take(lookup, labels)  # faster than lookup[labels]
     else:
-        dense = np.searchsorted(values, labels, side="right").astype(dtype)
+        dense = numbers[np.searchsorted(values, labels, side="right")]
     return LabelLayers(dense[None], count)
 
 
@@ -131,14 +133,34 @@ def layers_from_scored_masks(
     return layers_from_label_image(image)
 
 
+def layers_from_predictions(
+    masks: Sequence[BoxedMask], scores: np.ndarray, threshold: float, gt: LabelLayers
+) -> LabelLayers:
+    """The predictions that label-based metrics compare with ``gt``; empty masks are left out.
+
+    Where no nuclei overlap, predictions may not either: :func:`layers_from_scored_masks`. Where
+    some do, every prediction keeps all its pixels.
+
+    Args:
+        masks: they may overlap.
+        scores: (N,) of the masks.
+        threshold: masks with a lower score are left out.
+        gt: the nuclei of the same image.
+    """
+    sure = [k for k in np.flatnonzero(scores >= threshold) if masks[k].mask.size]
+    chosen = [masks[k] for k in sure]
+    if len(gt.labels) > 1:
+        return layers_from_masks(chosen, gt.size)
+    return layers_from_scored_masks(chosen, scores[sure], gt.size)
+
+
 def rle_to_mask(rle: dict[str, Any]) -> BoxedMask:
     """Decode COCO's compressed RLE at the cost of its box, not of the image.
 
     Args:
         rle: ``{"size": [H, W], "counts": str or bytes}``.
     """
-    counts = rle["counts"]
-    ends = np.cumsum(_decode_counts(counts.encode() if isinstance(counts, str) else counts))
+    ends = np.cumsum(decode_counts(rle["counts"]))
     starts, ends = ends[0::2][: len(ends) // 2], ends[1::2]
     starts, ends = starts[ends > starts], ends[ends > starts]
     if not starts.size:
@@ -151,23 +173,3 @@ def rle_to_mask(rle: dict[str, Any]) -> BoxedMask:
     mask = np.zeros((int(rows.max()) - top + 1, int(columns[-1]) - left + 1), bool)
     mask[rows - top, columns - left] = True
     return BoxedMask(mask, top, left)
-
-
-def _decode_counts(text: bytes) -> np.ndarray:
-    """Run lengths, background first, of a compressed RLE.
-
-    pycocotools' maskApi.c, rleFrString: each character carries 5 bits, low ones first, and
-    whether more follow; from the fourth number on, they are differences to the one two before.
-    """
-    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if not digits.size:
-        return digits
-    last = np.flatnonzero(digits & 0x20 == 0)
-    first = np.concatenate([[0], last[:-1] + 1])
-    length = last - first + 1
-    shift = 5 * (np.arange(last[-1] + 1) - np.repeat(first, length))
-    values = np.add.reduceat((digits[: last[-1] + 1] & 0x1F) << shift, first)
-    values -= np.where(digits[last] & 0x10, np.int64(1) << (5 * length), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values

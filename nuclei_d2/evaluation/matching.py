@@ -178,7 +178,7 @@ def aji(overlap: Overlap) -> float:
     union = overlap.union[order][first].sum()
     union += _area_without(overlap.gt_areas, gt[first])
     union += _area_without(overlap.pred_areas, overlap.pred[order][is_best])
-    return _ratio(intersection[first].sum(), union)
+    return _jaccard(overlap, intersection[first].sum(), union)
 
 
 def aji_plus(overlap: Overlap) -> float:
@@ -194,7 +194,7 @@ def aji_plus(overlap: Overlap) -> float:
     union = overlap.union[pairs].sum()
     union += _area_without(overlap.gt_areas, overlap.gt[pairs])
     union += _area_without(overlap.pred_areas, overlap.pred[pairs])
-    return _ratio(overlap.intersection[pairs].sum(), union)
+    return _jaccard(overlap, overlap.intersection[pairs].sum(), union)
 
 
 def _area_without(areas: np.ndarray, used: np.ndarray) -> int:
@@ -203,8 +203,10 @@ def _area_without(areas: np.ndarray, used: np.ndarray) -> int:
     return int(areas[free].sum())
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return float(numerator / denominator) if denominator else float("nan")
+def _jaccard(overlap: Overlap, common: int, union: int) -> float:
+    if not len(overlap.gt_areas) + len(overlap.pred_areas):
+        return float("nan")
+    return float(common / union) if union else 0.0
 
 
 def segmentation_errors(overlap: Overlap) -> dict[str, np.ndarray]:

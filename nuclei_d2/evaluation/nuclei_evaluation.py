@@ -18,7 +18,7 @@ from nuclei_d2.evaluation.boundary_ap import ScoredImage, boundary_ap, match_sco
 from nuclei_d2.evaluation.instances import (
     LabelLayers,
     layers_from_masks,
-    layers_from_scored_masks,
+    layers_from_predictions,
     rle_to_mask,
 )
 from nuclei_d2.evaluation.scores import HEADLINE, ImageScores, ScoreTable, nest, score_image
@@ -31,8 +31,9 @@ class NucleiEvaluator(DatasetEvaluator):
     """Label-based metrics and boundary AP of one registered data set.
 
     Label-based metrics need decisions: predictions with a score below a threshold are left out,
-    and a pixel that several cover belongs to the one with the highest score. Boundary AP takes
-    all predictions up to the cap. Only counts and sums of each image are kept and gathered.
+    and unless nuclei overlap, a pixel that several cover belongs to the one with the highest
+    score. Boundary AP takes all predictions up to the cap. Only counts and sums of each image
+    are kept and gathered.
     """
 
     def __init__(
@@ -69,8 +70,7 @@ class NucleiEvaluator(DatasetEvaluator):
             image_id = record["image_id"]
             gt = record_to_layers(self._records[image_id])
             masks, scores = instances_to_masks(output["instances"])
-            sure = np.flatnonzero(scores >= self._score_threshold)
-            pred = layers_from_scored_masks([masks[k] for k in sure], scores[sure], gt.size)
+            pred = layers_from_predictions(masks, scores, self._score_threshold, gt)
             self._images[image_id] = (
                 score_image(gt, pred),
                 match_scored(gt, masks, scores, self._max_dets),
@@ -116,12 +116,13 @@ class NucleiEvaluator(DatasetEvaluator):
 
 
 def record_to_layers(record: dict) -> LabelLayers:
-    """Nuclei of a Detectron2 dataset dict with RLE masks; crowd regions are left out."""
+    """Nuclei of a Detectron2 dataset dict with RLE masks; crowds and empty masks are left out."""
     masks = [
         rle_to_mask(annotation["segmentation"])
         for annotation in record["annotations"]
         if not annotation.get("iscrowd", 0)
     ]
+    masks = [boxed for boxed in masks if boxed.mask.size]
     return layers_from_masks(masks, (record["height"], record["width"]))
 
 

@@ -301,7 +301,9 @@ def _pixels_and_panoptic(c: dict[str, np.ndarray]) -> dict[Path, np.ndarray]:
         ("pq",): _ratio(c["panoptic_iou"], objects),
         ("sq",): np.where(nothing, np.nan, c["panoptic_iou"] / np.maximum(matches, 1)),
         ("dq",): _ratio(matches, objects),
-        ("dice",): _ratio(2 * c["common_pixels"], c["foreground_pixels"]),
+        ("dice",): np.where(
+            nothing, np.nan, 2 * c["common_pixels"] / np.maximum(c["foreground_pixels"], 1)
+        ),
     }
 
 

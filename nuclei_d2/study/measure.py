@@ -21,14 +21,14 @@ from tqdm import tqdm
 from nuclei_d2.data.datasets.statistics import find_touching
 from nuclei_d2.evaluation.boundary import BOUNDARIES, compute_overlaps
 from nuclei_d2.evaluation.boundary_ap import ScoredImage
-from nuclei_d2.evaluation.comparison import Evaluation, evaluate_files, flatten
+from nuclei_d2.evaluation.comparison import Evaluation, evaluate_files
 from nuclei_d2.evaluation.inputs import (
     GroundTruth,
     ScoredMasks,
     open_ground_truth,
     open_predictions,
 )
-from nuclei_d2.evaluation.instances import LabelLayers
+from nuclei_d2.evaluation.instances import LabelLayers, layers_from_predictions
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS, true_positives
 from nuclei_d2.evaluation.scores import ImageScores
 from nuclei_d2.utils.errors import NucleiError, run_tool
@@ -101,7 +101,8 @@ def _counts(gt: LabelLayers, found: ScoredMasks) -> np.ndarray:
             rows[k] = rows[k - 1]
             continue
         before = count
-        overlap, _ = compute_overlaps(gt, flatten(found, threshold), ())
+        pred = layers_from_predictions(found.masks, found.scores, threshold, gt)
+        overlap, _ = compute_overlaps(gt, pred)
         sizes = len(overlap.gt_areas), len(overlap.pred_areas)
         rows[k] = *true_positives(overlap, overlap.iou), *sizes
     return rows

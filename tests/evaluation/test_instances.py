@@ -9,6 +9,7 @@ from nuclei_d2.data.datasets.coco import box_mask
 from nuclei_d2.evaluation.instances import (
     layers_from_label_image,
     layers_from_masks,
+    layers_from_predictions,
     layers_from_scored_masks,
     rle_to_mask,
 )
@@ -36,11 +37,11 @@ def test_long_runs_need_several_characters_each():
 
 
 @pytest.mark.parametrize("step", [1, 100, 10**8])
-def test_labels_are_numbered_in_their_order(step):
+def test_labels_are_numbered_by_their_first_pixel(step):
     labels = np.array([[0, 7, 7], [3, 0, 9]]) * step
     layers = layers_from_label_image(labels)
     assert layers.count == 3
-    np.testing.assert_array_equal(layers.labels, [[[0, 2, 2], [1, 0, 3]]])
+    np.testing.assert_array_equal(layers.labels, [[[0, 1, 1], [2, 0, 3]]])
 
 
 def test_label_images_without_background_or_without_nuclei():
@@ -81,6 +82,18 @@ def test_the_higher_score_gets_the_pixel_and_hidden_predictions_vanish():
     assert (layers.labels == 2).sum() == 16
     tied = layers_from_scored_masks(boxed[:2], np.array([0.5, 0.5]), (6, 8))
     assert (tied.labels == 1).sum() == 16
+
+
+def test_predictions_may_overlap_where_nuclei_do():
+    nothing = np.s_[0:0, 0:0]
+    boxed = canvas(np.s_[0:4, 0:4], np.s_[2:6, 2:6], np.s_[2:4, 2:4], np.s_[0:1, 6:8], nothing)
+    scores = np.array([0.5, 0.9, 0.7, 0.4, 0.8])
+    flat = layers_from_predictions(boxed, scores, 0.5, layers_from_masks(boxed[:1], (6, 8)))
+    assert flat.labels.shape == (1, 6, 8)
+    assert [(flat.labels == k).sum() for k in (1, 2)] == [12, 16]
+    whole = layers_from_predictions(boxed, scores, 0.5, layers_from_masks(boxed[:2], (6, 8)))
+    assert whole.count == 3
+    assert [(whole.labels == k).sum() for k in (1, 2, 3)] == [16, 16, 4]
 
 
 @given(st.integers(0, 5))

@@ -174,6 +174,33 @@ def test_overlapping_predictions_are_flattened_by_score():
         MetadataCatalog.remove(name)
 
 
+def test_overlapping_nuclei_are_found_whole():
+    masks = np.zeros((2, *SIZE), bool)
+    masks[0, 2:6, 2:6] = masks[1, 4:8, 4:8] = True
+    annotations = [
+        {**mask_to_annotation(box_mask(mask), SIZE), "bbox_mode": BoxMode.XYWH_ABS}
+        for mask in masks
+    ]
+    truth = {**record(1, np.zeros(SIZE, int)), "annotations": annotations}
+    name = register([truth], "overlapping_nuclei_test")
+    try:
+        found = Instances(SIZE, pred_masks=torch.from_numpy(masks), scores=torch.tensor([0.6, 0.9]))
+        result = evaluate(name, [{"image_id": 1}], [{"instances": found}])
+        assert result["nuclei"]["pooled_f1_mean"] == result["nuclei"]["pooled_pq"] == 1
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_an_annotation_without_pixels_is_no_nucleus():
+    labels = nuclei(np.random.default_rng(2), 4)
+    truth = record(1, labels)
+    truth["annotations"].insert(0, mask_to_annotation(box_mask(np.zeros(SIZE)), SIZE))
+    layers = record_to_layers(truth)
+    assert layers.count == len(np.unique(labels)) - 1
+    assert sorted(np.unique(layers.labels)) == list(range(layers.count + 1))
+
+
 def test_label_masks_are_read_like_bitmaps():
     labels = nuclei(np.random.default_rng(2), 6)
     plain = predictions(labels)

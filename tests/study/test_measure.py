@@ -112,6 +112,13 @@ def test_the_score_threshold_is_where_the_predictions_do_best(tmp_path):
     assert tried["0.95"] == 0.0
 
 
+def test_overlapping_nuclei_are_found_whole(tmp_path):
+    nuclei = [circle((20, 20), 9), circle((20, 32), 9)]
+    truth = write_truth(tmp_path / "truth.json", [nuclei])
+    results = write_results(tmp_path / "results.json", [[(mask, 0.9) for mask in nuclei]])
+    assert choose_score_threshold(truth, results)[1]["0.50"] == 1
+
+
 def test_nothing_to_choose_by_is_an_error(tmp_path):
     truth = write_truth(tmp_path / "truth.json", [[]])
     results = write_results(tmp_path / "results.json", [[]])

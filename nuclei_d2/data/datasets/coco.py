@@ -138,6 +138,27 @@ def mask_to_rle(boxed: BoxedMask, size: tuple[int, int]) -> dict[str, Any]:
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
+def decode_counts(counts: str | bytes) -> np.ndarray:
+    """Run lengths, background first, of a compressed RLE.
+
+    pycocotools' maskApi.c, rleFrString: each character carries 5 bits, low ones first, and
+    whether more follow; from the fourth number on, they are differences to the one two before.
+    """
+    text = counts.encode() if isinstance(counts, str) else counts
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if not digits.size:
+        return digits
+    last = np.flatnonzero(digits & 0x20 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    length = last - first + 1
+    shift = 5 * (np.arange(last[-1] + 1) - np.repeat(first, length))
+    values = np.add.reduceat((digits[: last[-1] + 1] & 0x1F) << shift, first)
+    values -= np.where(digits[last] & 0x10, np.int64(1) << (5 * length), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
 def mask_to_annotation(boxed: BoxedMask, size: tuple[int, int]) -> dict[str, Any]:
     """COCO annotation of a nonempty mask in an image of ``size`` (H, W), without the ids."""
     height, width = boxed.mask.shape
@@ -203,7 +224,7 @@ def load_nuclei_json(
     root = Path(image_root).absolute()
     try:
         dataset_dicts = load_coco_json(str(json_file), str(root))
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (AssertionError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise NucleiError(f"{json_file}: no COCO instance JSON ({error})") from error
     for record in dataset_dicts:
         extra = extras[record["image_id"]]
@@ -240,11 +261,21 @@ def segmentation_to_rle(segmentation: Any, size: Sequence[int], source: str) -> 
             return mask_util.merge(mask_util.frPyObjects(segmentation, *size))
         if list(segmentation["size"]) != list(size):
             raise ValueError(f"RLE of size {segmentation['size']} in an image of size {list(size)}")
+        _check_runs(segmentation["counts"], size)
         if isinstance(segmentation["counts"], list):
             return mask_util.frPyObjects(segmentation, *size)
     except Exception as error:  # pycocotools raises errors of every kind
         raise NucleiError(f"{source}: broken segmentation ({error})") from error
     return segmentation
+
+
+def _check_runs(counts: Any, size: Sequence[int]) -> None:
+    """Raise ValueError unless these are run lengths, compressed or not, that fill the image."""
+    runs = np.array(counts) if isinstance(counts, list) else decode_counts(counts)
+    if runs.dtype.kind != "i" or runs.min(initial=0) < 0:
+        raise ValueError("run lengths that are negative or no whole numbers")
+    if runs.sum() != size[0] * size[1]:
+        raise ValueError(f"runs of {runs.sum()} pixels in an image of {size[0] * size[1]}")
 
 
 def _set_classes(name: str, categories: Sequence[dict[str, Any]]) -> None:

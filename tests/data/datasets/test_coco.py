@@ -125,8 +125,16 @@ def save(path, content):
     return path
 
 
-PLAIN = {"size": [6, 5], "counts": [13, 3, 3, 3, 8]}
-COMPRESSED = PLAIN | {"counts": mask_util.frPyObjects(PLAIN, 6, 5)["counts"].decode()}
+def plain(*runs):
+    return {"size": [6, 5], "counts": list(runs)}
+
+
+def compressed(*runs):
+    return plain() | {"counts": mask_util.frPyObjects(plain(*runs), 6, 5)["counts"].decode()}
+
+
+PLAIN = plain(13, 3, 3, 3, 8)
+COMPRESSED = compressed(13, 3, 3, 3, 8)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +218,14 @@ two_images = [{"id": 1, "file_name": n, "height": 6, "width": 5} for n in "ab"]
         (coco([square(image_id=5)]), "annotation 1 belongs to image 5"),
         (coco([square(segmentation=[])]), r"images/a\.png: .* no segmentation"),
         (coco([square(segmentation={"size": [5, 6], "counts": [30]})]), "broken segmentation"),
+        (coco([square(segmentation=PLAIN | {"counts": None})]), "broken segmentation"),
+        (coco([square(segmentation=PLAIN | {"counts": "5"})]), "runs .* 5 pixels .* 30"),
+        (coco([square(segmentation=plain(13, 5000, 3))]), "runs .* 5016 pixels .* 30"),
+        (coco([square(segmentation=plain(13, 3))]), "runs .* 16 pixels .* 30"),
+        (coco([square(segmentation=plain(13, -3, 20))]), "no COCO instance JSON"),
+        (coco([square(segmentation=plain(13, 3.5, 13.5))]), "broken segmentation"),
+        (coco([square(segmentation=compressed(13, 5000, 3))]), "runs .* 5016 pixels .* 30"),
+        (coco([square(segmentation=compressed(13, 3))]), "runs .* 16 pixels .* 30"),
         (coco([square(bbox=[])]), "no COCO instance JSON"),
     ],
 )

@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
+from nuclei_d2.utils.errors import NucleiError
+
+
+def write_coco(path, names, annotations=()):
+    """Images of 4 x 6 pixels with ids from 1."""
+    images = [
+        {"id": k, "file_name": name, "height": 4, "width": 6} for k, name in enumerate(names, 1)
+    ]
+    categories = [{"id": 1, "name": "nucleus"}]
+    content = {"images": images, "annotations": list(annotations), "categories": categories}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_names_of_coco_images_are_stems_or_paths(tmp_path):
+    truth = open_ground_truth(write_coco(tmp_path / "a.json", ["x/a.png", "y/b.tif"]))
+    assert list(truth.images) == ["a", "b"]
+    truth = open_ground_truth(write_coco(tmp_path / "b.json", ["x/a.png", "y/a.png"]))
+    assert list(truth.images) == ["x/a", "y/a"]
+
+
+@pytest.mark.parametrize("names", [["x/a.png", "b.png", "x/a.tif"], ["a.png", "b.png", "a.png"]])
+def test_two_coco_images_of_one_name(tmp_path, names):
+    path = write_coco(tmp_path / "t.json", names)
+    with pytest.raises(NucleiError, match=r"t\.json: images 1 and 3 are both called (x/)?a;"):
+        open_ground_truth(path)
+
+
+@pytest.mark.parametrize("counts", [[2, 30], [2, 3], [2, -3, 25], [2, 3.5, 18.5], None, "5", 7])
+def test_results_with_runs_that_do_not_fill_the_image(tmp_path, counts):
+    truth = open_ground_truth(write_coco(tmp_path / "t.json", ["a.png"]))
+    segmentation = {"size": [4, 6], "counts": counts}
+    result = {"image_id": 1, "category_id": 1, "segmentation": segmentation, "score": 0.5}
+    (tmp_path / "r.json").write_text(json.dumps([result]))
+    predictions = open_predictions(tmp_path / "r.json", truth)
+    with pytest.raises(NucleiError, match=r"r\.json: result 0: broken segmentation \(.+\)"):
+        predictions.images["a"].read()
