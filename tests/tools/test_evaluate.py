@@ -344,6 +344,7 @@ def test_report_without_images_and_scores(evaluate, images, tmp_path):
     page = report.read_text()
     assert "Nothing to measure" in page
     assert "label images have no scores" in page
+    assert "--score-threshold" not in page
     assert not re.search(r"\bnan\b", page.lower())
     gt = write_labels(tmp_path / "gt2", {odd: images["a"]})
     evaluate("--ground-truth", gt, "--predictions", gt, "--report", report)

@@ -65,7 +65,29 @@ def test_it_answers_first(page):
     answers = [text for text in page.texts("p") if "merges" in text]
     assert answers[0].startswith("5 merges (")
     assert answers[0].endswith(") against 0 of careful.")
-    assert sum(text.startswith("A clear difference, ") for text in page.texts("p")) == 2
+    minus = [text for text in page.texts("p") if text.startswith("hasty minus careful: ")]
+    assert len(minus) == 2
+    assert minus[0].startswith("hasty minus careful: \N{MINUS SIGN}0.")
+    assert minus[1].startswith("hasty minus careful: +5 (")
+    clear = "Clearly in favour of careful: the interval excludes 0."
+    assert all(text.endswith(clear) for text in minus)
+
+
+def test_an_answer_has_the_colour_of_its_method(page, report):
+    def edges(page):
+        styles = [attributes.get("style", "") for _, attributes, _ in page.all("div")]
+        return [style for style in styles if "--edge" in style]
+
+    first, second, neither = (f"--edge: var(--{name})" for name in ("series-0", "series-1", "line"))
+    assert edges(page) == [first, second, neither]
+    assert edges(Page(report(["careful"]))) == [first] * 3
+    assert "var(--edge" in STYLE
+
+
+def test_a_clear_difference_names_whom_it_favours(page):
+    small = page.texts("small")
+    assert small.count("clear, for careful") > 5
+    assert "clear, for hasty" not in small
 
 
 def test_its_words_are_defined_before_they_are_used_again(html, page):
@@ -75,6 +97,28 @@ def test_its_words_are_defined_before_they_are_used_again(html, page):
     text = " ".join(html[first:table].split())
     assert "covers several nuclei (IoU above 0.1 with each)" in text
     assert "a nucleus without a prediction of IoU above 0.7" in text
+
+
+def test_what_counts_is_said_where_it_is_shown(html):
+    text = " ".join(html.split())
+    places = [
+        text.index(words)
+        for words in (
+            'id="numbers"',
+            "only those of 0.5 and more count here and below (<code>--score-threshold</code>)",
+            'id="errors"',
+            "judged at IoU 0.7",
+            "<figcaption>Merges by size",
+            "Each chart has a scale of its own",
+            'id="precision-recall"',
+            "A curve ends where all predictions of the method are used",
+            "Cap: ",
+            "Can the confidences (scores) be trusted?</h2>",
+            "Points of fewer than 20 predictions are left out",
+            'id="images"',
+        )
+    ]
+    assert places == sorted(places)
 
 
 def test_what_is_compared_is_called_a_method(report):
@@ -176,6 +220,7 @@ def test_one_set_alone(report):
     assert page.texts("h2")[:2] == questions
     assert not [text for text in page.texts("p") if "difference" in text]  # nothing to compare
     assert "minus" not in " ".join(page.texts("th"))
+    assert "clear" not in " ".join(page.texts("caption"))
     assert len(page.all("img")) == 6
 
 

@@ -1,32 +1,43 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from tiny import write_split
 
+from nuclei_d2.evaluation.bootstrap import bootstrap_weights
 from nuclei_d2.evaluation.boundary_ap import ScoredImage
 from nuclei_d2.evaluation.comparison import evaluate_files
 from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
+from nuclei_d2.evaluation.instances import layers_from_label_image
+from nuclei_d2.evaluation.scores import ScoreTable, score_image
 from nuclei_d2.visualization.report.findings import (
+    MAIN,
     MERGES,
+    METRICS,
     QUESTIONS,
+    SPLITS,
     Change,
+    Reliability,
+    Statistics,
     answer,
     cost_rows,
     format_change,
     format_value,
+    is_better_high,
     precision_recall,
     reliability,
     score_edges,
 )
 
 
-class Statistics:
-    """Stands for the real one: given values, and one difference."""
+class Given:
+    """Stands for the statistics: values and a difference of one metric, favourites of others."""
 
-    def __init__(self, values, difference=None):
+    def __init__(self, values, difference=None, favours=()):
         self._values, self._difference = np.array(values, float), difference
+        self._favours = dict(favours)
 
     def values(self, path):
         return self._values
@@ -35,6 +46,8 @@ class Statistics:
         return f"interval {k}"
 
     def change(self, first, second, path):
+        if path in self._favours:
+            return Change("", "", self._favours[path])
         return self._difference(first, second)
 
 
@@ -48,41 +61,85 @@ def test_the_second_best_is_what_the_best_is_compared_with():
 
     def change(first, second):
         asked.append((first, second))
-        return Change("+2", "+1 to +3", True)
+        return Change("-2", "-3 to -1", 2)
 
-    found = answer(QUESTIONS[1], ["a", "b", "c"], Statistics([5, 9, 7], change))
-    assert asked == [(2, 1)]
+    found = answer(QUESTIONS[1], ["a", "b", "c"], Given([5, 9, 7], change))
+    assert asked == [(1, 2)]  # the later minus the earlier one, as in the table
     assert found.question == "Which merges most nuclei?"
     assert found.headline == "b"
     assert found.sentence == "9 merges (interval 1) against 7 of c, 5 of a."
-    assert found.difference == "A clear difference, +2 (+1 to +3): the interval excludes 0."
+    assert found.named == 1
+    clear = "c minus b: -2 (-3 to -1). Clearly in favour of c: the interval excludes 0."
+    assert found.difference == clear  # c has fewer merges
 
 
 def test_what_may_be_chance_is_said_to_be():
-    unsure = Statistics([7, 6], lambda first, second: Change("+1", "-1 to +3", False))
+    unsure = Given([7, 6], lambda first, second: Change("-1", "-3 to +1", None))
     found = answer(QUESTIONS[1], ["a", "b"], unsure)
     assert found.question == "Which merges more nuclei?"
-    assert found.headline == "Too close to call"
+    assert (found.headline, found.named) == ("Too close to call", None)
     assert found.sentence == "a: 7 merges (interval 0) against 6 of b."
-    chance = "The difference, +1 (-1 to +3), may be chance: the interval holds 0."
-    assert found.difference == chance
+    assert found.difference == "b minus a: -1 (-3 to +1). It may be chance: the interval holds 0."
+
+
+FAVOURS = {metric.path: None for metric in METRICS}
+
+
+def test_what_speaks_for_the_other_one():
+    favours = {**FAVOURS, MAIN: 1, MERGES: 1, SPLITS: 0, ("boundary", "f1"): 0}
+    found = answer(QUESTIONS[0], ["a", "b"], Given([0.5, 0.6], None, favours))
+    assert (found.headline, found.named) == ("b", 1)
+    assert found.beside == "a is clearly better in: Boundary F1, Splits."
+    alone = answer(QUESTIONS[0], ["a", "b"], Given([0.5, 0.6], None, {**FAVOURS, MAIN: 1}))
+    assert alone.beside == ""
+    merges = answer(QUESTIONS[1], ["a", "b"], Given([5, 4], None, favours))
+    assert merges.beside == ""  # no question of better or worse
+
+
+def test_what_speaks_for_both_of_an_undecided_pair():
+    favours = {**FAVOURS, MERGES: 1, SPLITS: 0}
+    found = answer(QUESTIONS[0], ["a", "b"], Given([0.6, 0.5], None, favours))
+    assert found.headline == "Too close to call"
+    assert found.beside == "a is clearly better in: Splits. b is clearly better in: Merges."
 
 
 def test_equal_sets_and_one_alone():
-    found = answer(QUESTIONS[1], ["a", "b", "c"], Statistics([7, 3, 7]))
-    assert (found.headline, found.difference) == ("a and c", "")
+    found = answer(QUESTIONS[1], ["a", "b", "c"], Given([7, 3, 7]))
+    assert (found.headline, found.difference, found.named) == ("a and c", "", None)
     assert found.sentence == "7 merges each against 3 of b."
-    found = answer(QUESTIONS[1], ["a", "b"], Statistics([7, 7]))
+    found = answer(QUESTIONS[1], ["a", "b"], Given([7, 7]))
     assert (found.headline, found.sentence) == ("No difference", "7 merges each.")
-    found = answer(QUESTIONS[2], ["a"], Statistics([4]))
+    found = answer(QUESTIONS[2], ["a"], Given([4]))
     assert found.question == "How often does it split nuclei?"
-    assert (found.headline, found.sentence) == ("a", "4 splits (interval 0).")
+    assert (found.headline, found.named) == ("a", 0)
+    assert found.sentence == "4 splits (interval 0)."
 
 
 def test_nothing_to_measure():
-    found = answer(QUESTIONS[0], ["a"], Statistics([np.nan]))
+    found = answer(QUESTIONS[0], ["a"], Given([np.nan]))
     assert (found.headline, found.difference) == ("", "")
     assert "Nothing to measure" in found.sentence
+
+
+def test_whom_a_clear_difference_favours():
+    assert is_better_high(MAIN)
+    assert not is_better_high(MERGES)
+    assert not is_better_high(("boundary", "hd95"))
+    labels = np.kron(np.arange(1, 10).reshape(3, 3), np.pad(np.ones((8, 8), int), 2))
+    few = [labels * (labels > k) for k in (3, 4, 5)]
+    tables = [score_table(labels, [labels] * 3), score_table(labels, few)]
+    weights = bootstrap_weights(3)
+    for order, winner in (((0, 1), 0), ((1, 0), 1)):
+        statistics = Statistics([SimpleNamespace(table=tables[k]) for k in order], weights)
+        assert statistics.change(0, 1, MAIN).favours == winner
+        assert statistics.change(0, 1, ("errors", "missed")).favours == winner
+        assert statistics.change(0, 1, MERGES).favours is None
+
+
+def score_table(truth, predictions):
+    """Of one image's predictions, each as if it was another image."""
+    gt, *found = map(layers_from_label_image, (truth, *predictions))
+    return ScoreTable([score_image(gt, part) for part in found])
 
 
 def test_numbers_as_text():
@@ -141,6 +198,13 @@ def test_reliability_by_hand():
     assert np.isnan(found.shares[2:9]).all()
     assert found.error == pytest.approx((0.95 + 2 * 0.39 + 2 * 0.475) / 5)
     assert np.isnan(reliability([], edges).error)
+
+
+def test_points_of_few_predictions_are_left_out():
+    scores, shares = np.array([0.1, 0.5, 0.9]), np.array([0.0, 0.5, 0.9])
+    found = Reliability(np.array([19, 20, 1000]), scores, shares, 0.1)
+    np.testing.assert_array_equal(found.line()[0], scores)
+    np.testing.assert_array_equal(found.line()[1], [np.nan, 0.5, 0.9])
 
 
 def test_scores_that_are_no_probabilities():

@@ -14,6 +14,7 @@ from nuclei_d2.evaluation.scores import Path, ScoreTable
 MAIN: Path = ("pooled", "f1", "mean")
 MERGES: Path = ("errors", "merges")
 SPLITS: Path = ("errors", "splits")
+FEWEST = 20  # predictions behind a point of the reliability
 
 
 class Metric(NamedTuple):
@@ -22,7 +23,6 @@ class Metric(NamedTuple):
     path: Path
     title: str
     meaning: str  # in plain words
-    is_better_high: bool = True
 
 
 METRICS = (
@@ -43,6 +43,7 @@ METRICS = (
     Metric(
         ("pooled", "f1", "0.75"), "F1 at IoU 0.75", "F1 where the outline has to be good as well."
     ),
+    Metric(("pooled", "f1", "0.90"), "F1 at IoU 0.90", "F1 where only very close outlines count."),
     Metric(
         ("pooled", "accuracy", "mean"),
         "DSB score",
@@ -66,26 +67,22 @@ METRICS = (
         MERGES,
         "Merges",
         "Predictions that cover several nuclei (IoU above 0.1 with each of them).",
-        False,
     ),
     Metric(
         SPLITS,
         "Splits",
         "Nuclei that are cut into several predictions (IoU above 0.1 with each of them).",
-        False,
     ),
     Metric(
         ("errors", "missed"),
         "Missed",
         "Nuclei that no prediction agrees with (IoU above 0.7). Nuclei in a merge usually count "
         "here as well, and so do those with a poor outline.",
-        False,
     ),
     Metric(
         ("errors", "spurious"),
         "Spurious",
         "Predictions that agree with no nucleus (IoU above 0.7): merges and poor outlines, too.",
-        False,
     ),
 )
 
@@ -97,6 +94,11 @@ WORDS = {
     "spurious": f"a prediction without a nucleus of IoU above {DETECTION_IOU}",
     "IoU": "the area that two outlines share, divided by the area that either covers",
 }
+
+
+def is_better_high(path: Path) -> bool:
+    """Whether a higher value is the better one; not so of errors and distances."""
+    return path[0] != "errors" and path[-1] != "hd95"
 
 
 # ----------------------------------------------------------------------------- numbers
@@ -122,7 +124,7 @@ class Change(NamedTuple):
 
     value: str
     interval: str
-    is_clear: bool  # the interval excludes 0
+    favours: int | None  # the better set, if it is clear: the interval excludes 0
 
 
 class Statistics:
@@ -157,10 +159,11 @@ class Statistics:
             )
         change = self._changes[first, second][path]
         low, high = format_change(change["low"], path), format_change(change["high"], path)
+        favours = None
+        if change["low"] > 0 or change["high"] < 0:
+            favours = second if (change["low"] > 0) == is_better_high(path) else first
         return Change(
-            format_change(change["difference"], path),
-            f"{low} to {high}" if low else "",
-            change["low"] > 0 or change["high"] < 0,
+            format_change(change["difference"], path), f"{low} to {high}" if low else "", favours
         )
 
 
@@ -202,7 +205,9 @@ class Answer(NamedTuple):
     question: str
     headline: str  # who it is; or that nobody can tell
     sentence: str
+    named: int | None = None  # the set that it is, if it is one
     difference: str = ""  # whether it is more than chance; empty without one
+    beside: str = ""  # which other metrics speak for whom, where that is not yet said
 
 
 def answer(question: Question, names: Sequence[str], statistics: Statistics) -> Answer:
@@ -223,16 +228,36 @@ def answer(question: Question, names: Sequence[str], statistics: Statistics) -> 
         headline = name if others else "No difference"
         return Answer(asked, headline, f"{shown[best[0]]} {question.noun} each{against}")
     sentence = f"{shown[best[0]]} {question.noun} ({statistics.interval(best[0], path)}){against}"
-    if not others:
-        return Answer(asked, name, sentence)
-    change = statistics.change(others[0], best[0], path)
-    difference = f"{change.value} ({change.interval})"
-    if change.is_clear:
-        return Answer(
-            asked, name, sentence, f"A clear difference, {difference}: the interval excludes 0."
-        )
-    chance = f"The difference, {difference}, may be chance: the interval holds 0."
-    return Answer(asked, "Too close to call", f"{name}: {sentence}", chance)
+    found = Answer(asked, name, sentence, best[0])
+    return _against(others[0], found, path, names, statistics) if others else found
+
+
+def _against(
+    other: int, found: Answer, path: Path, names: Sequence[str], statistics: Statistics
+) -> Answer:
+    """The answer with its difference to another set; it names none if that could be chance."""
+    first, second = sorted((found.named, other))  # later minus earlier, as in the table
+    change = statistics.change(first, second, path)
+    difference = f"{names[second]} minus {names[first]}: {change.value} ({change.interval}). "
+    if change.favours is None:
+        difference += "It may be chance: the interval holds 0."
+        sentence = f"{found.headline}: {found.sentence}"
+        found = found._replace(headline="Too close to call", sentence=sentence, named=None)
+    else:
+        difference += f"Clearly in favour of {names[change.favours]}: the interval excludes 0."
+    beside = _beside(names, statistics, first, second) if path == MAIN else ""
+    return found._replace(difference=difference, beside=beside)
+
+
+def _beside(names: Sequence[str], statistics: Statistics, first: int, second: int) -> str:
+    """Which metrics clearly favour one of two sets, unless the main one does so, too."""
+    favoured = {m.path: statistics.change(first, second, m.path).favours for m in METRICS}
+    rows = {
+        k: ", ".join(metric.title for metric in METRICS if favoured[metric.path] == k)
+        for k in (first, second)
+        if k != favoured[MAIN]
+    }
+    return " ".join(f"{names[k]} is clearly better in: {row}." for k, row in rows.items() if row)
 
 
 # ------------------------------------------------------------------------------ curves
@@ -274,6 +299,10 @@ class Reliability(NamedTuple):
     scores: np.ndarray  # (bins,) their mean score
     shares: np.ndarray  # (bins,) share that is correct at IoU 0.5
     error: float  # expected calibration error: mean of |share - score|, weighted by counts
+
+    def line(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and shares; NaN where fewer than ``FEWEST`` predictions say little."""
+        return self.scores, np.where(self.counts >= FEWEST, self.shares, np.nan)
 
 
 def score_edges(scored: Sequence[ScoredImage], bins: int = 10) -> np.ndarray:

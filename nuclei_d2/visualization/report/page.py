@@ -12,11 +12,12 @@ from nuclei_d2.evaluation.bootstrap import LEVEL
 from nuclei_d2.evaluation.boundary_ap import ScoredImage
 from nuclei_d2.evaluation.comparison import Evaluation
 from nuclei_d2.evaluation.inputs import GroundTruth
-from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
+from nuclei_d2.evaluation.matching import DETECTION_IOU, IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import ERRORS, HEADLINE, SIZE_NAMES, definition
 from nuclei_d2.evaluation.scores import Path as MetricPath
 from nuclei_d2.visualization.report.charts import Axis, bar_chart, line_chart, marker, style
 from nuclei_d2.visualization.report.findings import (
+    FEWEST,
     METRICS,
     QUESTIONS,
     WORDS,
@@ -25,6 +26,7 @@ from nuclei_d2.visualization.report.findings import (
     by_threshold,
     cost_rows,
     format_value,
+    is_better_high,
     precision_recall,
     reliability,
     score_edges,
@@ -59,7 +61,7 @@ def render_report(
         truth: what the sets were measured with.
         evaluations: of the sets, from ``evaluate_files``.
         weights: (B, n) from ``bootstrap_weights``.
-        settings: shown at the end; "score_threshold" is the one of ``evaluate_files``.
+        settings: shown; "score_threshold" is the one of ``evaluate_files``.
         raw_images: from ``find_raw_images``; where one is missing, outlines are on black.
         results: content of each set's ``results.json``, for the table of costs; or none.
 
@@ -82,6 +84,8 @@ def render_report(
         main_rows=_metric_rows([metric.path for metric in METRICS], len(names), statistics),
         all_rows=_metric_rows(HEADLINE, len(names), statistics),
         definition=definition,
+        is_better_high=is_better_high,
+        detection_iou=DETECTION_IOU,
         curves=_curves(names, evaluations),
         errors=_errors(names, evaluations),
         scores=_scores(names, evaluations),
@@ -210,7 +214,7 @@ def _reliability(names: Sequence[str], scored: Sequence[Sequence[ScoredImage]]) 
         f"Share of correct predictions against their score. Mean gap: {gaps}.",
         Axis("score", edges[0], edges[-1], edges[::2]),
         _RATE._replace(label="share correct"),
-        [(part.scores, part.shares) for part in parts],
+        [part.line() for part in parts],
         diagonal=edges[0] == 0 and edges[-1] == 1,
     )
     rows = [
@@ -220,7 +224,7 @@ def _reliability(names: Sequence[str], scored: Sequence[Sequence[ScoredImage]]) 
         }
         for k in range(len(edges) - 1)
     ]
-    return {"reliability": chart, "gaps": gaps, "bins": rows}
+    return {"reliability": chart, "fewest": FEWEST, "gaps": gaps, "bins": rows}
 
 
 def _cases(
