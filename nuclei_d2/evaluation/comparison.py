@@ -8,7 +8,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from nuclei_d2.data.datasets.coco import box_mask, mask_to_annotation
+from nuclei_d2.data.datasets.coco import label_image_to_masks, mask_to_annotation
 from nuclei_d2.evaluation.bootstrap import LEVEL, bootstrap_intervals, paired_differences
 from nuclei_d2.evaluation.boundary_ap import ScoredImage, boundary_ap, match_scored
 from nuclei_d2.evaluation.coco_evaluation import AREA_RANGES, coco_ap, dataset_to_coco
@@ -75,6 +75,7 @@ class _Collector:
         self.scored: list[ScoredImage] = []
         self.records: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
+        self.counts: list[int] = []  # scored predictions of each image, whatever the cap
         self.n_sure = self.n_hidden = 0  # sure predictions, and those of them without a label
 
     def add(self, name: str, truth: GroundTruth, gt: LabelLayers) -> None:
@@ -91,6 +92,7 @@ class _Collector:
         self, name: str, truth: GroundTruth, gt: LabelLayers, found: ScoredMasks
     ) -> None:
         image_id = len(self.names)
+        self.counts.append(len(found.masks))
         record = truth.records.get(name) or _record(name, gt)
         self.records.append({**record, "image_id": image_id})
         self.scored.append(match_scored(gt, found.masks, found.scores, self._cap(found)))
@@ -144,10 +146,21 @@ class _Collector:
         scores = {result["score"] for result in self.results}
         if len(self.results) > 1 and len(scores) == 1:
             found.append(f"{path}: all scores are {scores.pop():g}; AP then has no meaning")
-        full = sum(len(image.scores) == self.max_dets for image in self.scored)
-        if full:
-            found.append(f"{path}: the cap of {self.max_dets} instances binds in {full} images")
-        return found
+        return found + self._cap_warnings()
+
+    def _cap_warnings(self) -> list[str]:
+        path, most = self.predictions.path, max(self.counts, default=0)
+        if self.max_dets is not None:
+            cut = sum(count > self.max_dets for count in self.counts)
+            binds = f"{path}: the cap of {self.max_dets} instances binds in {cut} images"
+            return [binds] if cut else []
+        full = self.counts.count(most)
+        if full < 3 or not most or most % 100:
+            return []
+        return [
+            f"{path}: {full} images have exactly {most} predictions, as many as any; if that is "
+            "the program's own cap, raise it"
+        ]
 
 
 def flatten(found: ScoredMasks, score_threshold: float) -> LabelLayers:
@@ -173,10 +186,8 @@ def _check_size(gt: LabelLayers, pred: LabelLayers, gt_file: str, pred_file: str
 def _record(name: str, gt: LabelLayers) -> dict[str, Any]:
     """Dataset dict of label images, for COCO's evaluation."""
     size = gt.size
-    annotations = [
-        {**mask_to_annotation(box_mask((gt.labels == k).any(axis=0)), size), **_BOX}
-        for k in range(1, gt.count + 1)
-    ]
+    masks = dict(pair for layer in gt.labels for pair in label_image_to_masks(layer))
+    annotations = [{**mask_to_annotation(masks[k], size), **_BOX} for k in sorted(masks)]
     return {"file_name": name, "height": size[0], "width": size[1], "annotations": annotations}
 
 

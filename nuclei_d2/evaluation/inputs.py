@@ -16,6 +16,8 @@ from PIL import Image
 
 from nuclei_d2.data.datasets.coco import (
     BoxedMask,
+    is_box,
+    is_one_of,
     load_nuclei_json,
     read_coco_json,
     segmentation_to_rle,
@@ -180,6 +182,11 @@ def _mask_folders(folder: Path) -> dict[str, ImageSource]:
     for place, files in parts.items():
         if place.name in images:
             raise NucleiError(f"{folder / place} and {images[place.name].where}: same name")
+        if not (folder / place / "masks").is_dir():
+            raise NucleiError(
+                f"{folder / place} has no folder masks; copy it, or make an empty one if the image "
+                "has no nuclei"
+            )
         read = partial(_read_mask_layers, files["masks"], files["images"])
         images[place.name] = ImageSource(str(folder / place), read)
     return images
@@ -254,7 +261,7 @@ def _check_result(path: Path, index: int, result: Any, names: dict, truth: Groun
         raise NucleiError(f"{path}: result {index} lacks {', '.join(missing)}")
     if not isinstance(result["score"], (int, float)) or not np.isfinite(result["score"]):
         raise NucleiError(f"{path}: result {index} has score {result['score']!r}, not a number")
-    if result["image_id"] not in names:
+    if not is_one_of(result["image_id"], names):
         raise NucleiError(
             f"{path}: result {index} is of image {result['image_id']!r}, which {truth.path} "
             "does not have"
@@ -263,6 +270,10 @@ def _check_result(path: Path, index: int, result: Any, names: dict, truth: Groun
         raise NucleiError(
             f"{path}: result {index} has category_id {result['category_id']!r}; {truth.path} has "
             f"{', '.join(map(str, truth.categories))}"
+        )
+    if result.get("bbox") and not is_box(result["bbox"]):
+        raise NucleiError(
+            f"{path}: result {index} has bbox {result['bbox']!r}; give x, y, width, height"
         )
     return names[result["image_id"]]
 

@@ -369,10 +369,14 @@ def nest(values: dict[Path, float]) -> dict:
 def write_per_image(
     path: str | os.PathLike, names: Sequence[str], images: Sequence[ImageScores]
 ) -> None:
-    """Write one CSV line per image, atomically; undefined values stay empty."""
+    """Write one CSV line per image, atomically; undefined values stay empty.
+
+    Names of files need not be Unicode: other bytes are written as ``\\udcff``.
+    """
     metrics = ScoreTable(images).image_metrics()
     columns = {"_".join(key): values.tolist() for key, values in metrics.items()}
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, temporary.open("w", newline="", **encoding) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "n_gt", "n_pred", *ERRORS, *columns])
         for k, (name, image) in enumerate(zip(names, images, strict=True)):

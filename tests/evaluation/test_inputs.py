@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
 from nuclei_d2.utils.errors import NucleiError
@@ -31,12 +33,43 @@ def test_two_coco_images_of_one_name(tmp_path, names):
         open_ground_truth(path)
 
 
+def write_result(path, counts=(2, 3, 19), **change):
+    segmentation = {"size": [4, 6], "counts": counts}
+    result = {"image_id": 1, "category_id": 1, "segmentation": segmentation, "score": 0.5}
+    path.write_text(json.dumps([{**result, **change}]))
+    return path
+
+
 @pytest.mark.parametrize("counts", [[2, 30], [2, 3], [2, -3, 25], [2, 3.5, 18.5], None, "5", 7])
 def test_results_with_runs_that_do_not_fill_the_image(tmp_path, counts):
     truth = open_ground_truth(write_coco(tmp_path / "t.json", ["a.png"]))
-    segmentation = {"size": [4, 6], "counts": counts}
-    result = {"image_id": 1, "category_id": 1, "segmentation": segmentation, "score": 0.5}
-    (tmp_path / "r.json").write_text(json.dumps([result]))
-    predictions = open_predictions(tmp_path / "r.json", truth)
+    predictions = open_predictions(write_result(tmp_path / "r.json", counts=counts), truth)
     with pytest.raises(NucleiError, match=r"r\.json: result 0: broken segmentation \(.+\)"):
         predictions.images["a"].read()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": [1]}, r"is of image \[1\]"),
+        ({"category_id": [1]}, r"category_id \[1\]"),
+        ({"bbox": [1, 2]}, r"bbox \[1, 2\]"),
+        ({"bbox": "x"}, "bbox 'x'"),
+    ],
+)
+def test_results_with_fields_of_another_kind(tmp_path, change, message):
+    truth = open_ground_truth(write_coco(tmp_path / "t.json", ["a.png"]))
+    path = write_result(tmp_path / "r.json", **change)
+    with pytest.raises(NucleiError, match=rf"r\.json: result 0 .*{message}"):
+        open_predictions(path, truth)
+
+
+def test_an_empty_field_of_a_dsb_folder_has_an_empty_folder_of_masks(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / name / "images" / "x.png")
+    (tmp_path / "a" / "masks").mkdir()
+    with pytest.raises(NucleiError, match=r"b has no folder masks"):
+        open_ground_truth(tmp_path)
+    (tmp_path / "b" / "masks").mkdir()
+    assert open_ground_truth(tmp_path).images["b"].read().count == 0

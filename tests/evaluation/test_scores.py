@@ -38,9 +38,9 @@ def cut(labels, width):
 EMPTY = np.zeros((256, 256), int)
 
 
-@pytest.mark.parametrize("count", [1, 100, 700])
+@pytest.mark.parametrize("count", [1, 100, 1000])
 def test_perfect_predictions_score_one_in_everything(count):
-    labels = grid(count)
+    labels = grid(count, size=300)
     summary = ScoreTable([score(labels, labels)]).summary()
     for part in ("pooled", "image_mean"):
         for name, value in summary[part].items():
@@ -172,6 +172,13 @@ def test_per_image_table(tmp_path):
     assert float(first["f1_0.65"]) == 1
     assert float(first["aji"]) == pytest.approx(4 / 6, abs=1e-6)
     assert second["aji"] == ""
+
+
+def test_per_image_table_of_names_that_are_no_unicode(tmp_path):
+    write_per_image(tmp_path / "t.csv", ["im\udcffage", "caf\u00e9"], [score(EMPTY, EMPTY)] * 2)
+    text = (tmp_path / "t.csv").read_text(encoding="utf-8")
+    assert r"im\udcffage" in text
+    assert "caf\u00e9" in text
 
 
 def test_nest():

@@ -1,9 +1,10 @@
 """Instance masks, label images and COCO JSON: conversions, writing and loading."""
 
 import json
+import math
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Container, Hashable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import cv2
@@ -215,7 +216,7 @@ def load_nuclei_json(
 
     Raises:
         NucleiError: the file is missing, broken or no COCO instance annotation, lists no
-            image, ids occur twice, or an annotation has no usable segmentation.
+            image, ids occur twice or are unknown, or an annotation has no usable segmentation.
     """
     content = read_coco_json(json_file)
     if not content["images"]:
@@ -240,12 +241,15 @@ def load_nuclei_json(
 
 def _use_rle(annotation: dict[str, Any], record: dict[str, Any], json_file) -> None:
     size = [record["height"], record["width"]]
+    source = f"{json_file}: image {record['file_name']}"
     annotation["category_id"] = 0
-    annotation["segmentation"] = segmentation_to_rle(
-        annotation.get("segmentation"), size, f"{json_file}: image {record['file_name']}"
-    )
+    annotation["segmentation"] = segmentation_to_rle(annotation.get("segmentation"), size, source)
     if "bbox" not in annotation:
         annotation["bbox"] = mask_util.toBbox(annotation["segmentation"]).tolist()
+    if not is_box(annotation["bbox"]):
+        raise NucleiError(
+            f"{source}: an annotation has bbox {annotation['bbox']!r}; give x, y, width, height"
+        )
 
 
 def segmentation_to_rle(segmentation: Any, size: Sequence[int], source: str) -> dict[str, Any]:
@@ -304,14 +308,47 @@ def read_coco_json(json_file: str | os.PathLike) -> dict[str, Any]:
     }
     for part, keys in required.items():
         _check_part(content, part, keys, json_file)
+    _check_images(content["images"], json_file)
     images = {image["id"] for image in content["images"]}
+    categories = [category["id"] for category in content["categories"]]
     for annotation in content["annotations"]:
-        if annotation["image_id"] not in images:
+        if not is_one_of(annotation["image_id"], images):
             raise NucleiError(
                 f"{json_file}: annotation {annotation['id']} belongs to image "
                 f"{annotation['image_id']}, which the file does not list"
             )
+        if not is_one_of(annotation["category_id"], categories):
+            raise NucleiError(
+                f"{json_file}: annotation {annotation['id']} has category_id "
+                f"{annotation['category_id']!r}; the file has {', '.join(map(str, categories))}"
+            )
     return content
+
+
+def _check_images(images: Sequence[dict[str, Any]], json_file) -> None:
+    for index, image in enumerate(images):
+        name = image["file_name"]
+        if not isinstance(name, str) or not PurePosixPath(name).name:
+            raise NucleiError(f"{json_file}: images[{index}] has file_name {name!r}; name a file")
+        for side in ("height", "width"):
+            if not isinstance(image[side], int) or image[side] < 1:
+                raise NucleiError(
+                    f"{json_file}: images[{index}] has {side} {image[side]!r}; give pixels"
+                )
+
+
+def is_one_of(value: Any, ids: Container) -> bool:
+    """Whether a value of JSON, which may be a list or an object, is among ``ids``."""
+    return isinstance(value, Hashable) and value in ids
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value of JSON is a box: a list of x, y, width and height."""
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
+    )
 
 
 def _check_part(content: Any, part: str, keys: Sequence[str], json_file) -> None:
@@ -323,6 +360,10 @@ def _check_part(content: Any, part: str, keys: Sequence[str], json_file) -> None
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
             raise NucleiError(f"{json_file}: {part}[{index}] lacks {', '.join(missing)}")
+        if not isinstance(entry["id"], Hashable):
+            raise NucleiError(
+                f"{json_file}: {part}[{index}] has id {entry['id']}; give a number or a name"
+            )
         if entry["id"] in seen:
             raise NucleiError(f"{json_file}: id {entry['id']} occurs twice among its {part}")
         seen.add(entry["id"])

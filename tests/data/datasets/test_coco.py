@@ -206,6 +206,10 @@ def test_written_json_is_valid_coco_and_loads_with_our_fields(tmp_path):
 two_images = [{"id": 1, "file_name": n, "height": 6, "width": 5} for n in "ab"]
 
 
+def one_image(**fields):
+    return [{"id": 1, "file_name": "a.png", "height": 6, "width": 5, **fields}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -216,6 +220,15 @@ two_images = [{"id": 1, "file_name": n, "height": 6, "width": 5} for n in "ab"]
         (coco([], images=two_images), "id 1 occurs twice among its images"),
         (coco([square(), square()]), "id 1 occurs twice among its annotations"),
         (coco([square(image_id=5)]), "annotation 1 belongs to image 5"),
+        (coco([square(image_id=[1])]), r"annotation 1 belongs to image \[1\]"),
+        (coco([square(category_id=5)]), "annotation 1 has category_id 5; .* has 4, 9"),
+        (coco([square(category_id=[9])]), r"annotation 1 has category_id \[9\]"),
+        (coco([square(id={})]), r"annotations\[0\] has id {}"),
+        (coco([], images=one_image(id=[1])), r"images\[0\] has id \[1\]"),
+        (coco([], images=one_image(file_name="")), r"images\[0\] has file_name ''"),
+        (coco([], images=one_image(file_name=5)), r"images\[0\] has file_name 5"),
+        (coco([], images=one_image(height="6")), r"images\[0\] has height '6'"),
+        (coco([], images=one_image(width=0)), r"images\[0\] has width 0"),
         (coco([square(segmentation=[])]), r"images/a\.png: .* no segmentation"),
         (coco([square(segmentation={"size": [5, 6], "counts": [30]})]), "broken segmentation"),
         (coco([square(segmentation=PLAIN | {"counts": None})]), "broken segmentation"),
@@ -227,6 +240,9 @@ two_images = [{"id": 1, "file_name": n, "height": 6, "width": 5} for n in "ab"]
         (coco([square(segmentation=compressed(13, 5000, 3))]), "runs .* 5016 pixels .* 30"),
         (coco([square(segmentation=compressed(13, 3))]), "runs .* 16 pixels .* 30"),
         (coco([square(bbox=[])]), "no COCO instance JSON"),
+        (coco([square(bbox=[1, 2])]), r"images/a\.png: .* bbox \[1, 2\]"),
+        (coco([square(bbox="wide")]), "bbox 'wide'"),
+        (coco([square(bbox=[1, 2, 3, float("nan")])]), r"bbox \[1, 2, 3, nan\]"),
     ],
 )
 def test_broken_content_is_one_line_that_names_the_file(tmp_path, content, message):
