@@ -24,7 +24,7 @@ from nuclei_d2.evaluation.comparison import Evaluation, compare, evaluate_files,
 from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
 from nuclei_d2.evaluation.scores import HEADLINE, definition, write_per_image
 from nuclei_d2.utils.errors import NucleiError, run_tool
-from nuclei_d2.utils.files import atomic_path, write_json
+from nuclei_d2.utils.files import atomic_path, check_writable, write_json
 from nuclei_d2.visualization.report import find_raw_images, render_report
 
 
@@ -65,7 +65,8 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=0.5,
         help="predictions with a lower score count for AP only (default: %(default)s); of the "
-        "others, a pixel that several cover belongs to the one of highest score",
+        "others, a pixel that several cover belongs to the one of highest score, unless nuclei "
+        "of the image overlap",
     )
     parser.add_argument(
         "--max-dets", type=int, help="most predictions of an image that AP counts (default: all)"
@@ -77,6 +78,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     names = set_names(args)
+    check_outputs(args, names)
     results = [read_results(path) for path in args.results or ()]
     truth = open_ground_truth(args.ground_truth)
     raw_images = find_raw_images(truth, args.images) if args.report else {}
@@ -94,12 +96,12 @@ def main() -> None:
     page = ""
     if args.report:
         page = render_report(names, truth, evaluations, weights, settings, raw_images, results)
+    write_files(args, names, evaluations, contents, differences, page)
     print(headline_table(names, contents, differences))
     print(counts_line(names, contents))
     print_coco(names, evaluations)
     for warning in dict.fromkeys(w for evaluation in evaluations for w in evaluation.warnings):
         print(f"warning: {warning}", file=sys.stderr)
-    write_files(args, names, evaluations, contents, differences, page)
 
 
 def write_files(
@@ -112,8 +114,7 @@ def write_files(
 ) -> None:
     if args.per_image:
         for name, evaluation in zip(names, evaluations, strict=True):
-            path = args.per_image.replace("NAME", name)
-            write_per_image(path, evaluation.names, evaluation.images)
+            write_per_image(per_image_path(args, name), evaluation.names, evaluation.images)
     if args.output:
         several = {
             "predictions": dict(zip(names, contents, strict=True)),
@@ -124,6 +125,19 @@ def write_files(
         with atomic_path(args.report) as temporary:
             # Names of files need not be Unicode.
             temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def per_image_path(args: argparse.Namespace, name: str) -> str:
+    """Table of the set called ``name``."""
+    return args.per_image.replace("NAME", name)
+
+
+def check_outputs(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise NucleiError, before the work, unless every file can be written."""
+    tables = [per_image_path(args, name) for name in names] if args.per_image else []
+    for path in (args.output, args.report, *tables):
+        if path:
+            check_writable(path)
 
 
 def set_names(args: argparse.Namespace) -> list[str]:
@@ -151,6 +165,8 @@ def set_names(args: argparse.Namespace) -> list[str]:
         raise NucleiError(f"--max-dets is {args.max_dets}; it counts instances, from 1")
     if not np.isfinite(args.score_threshold):
         raise NucleiError(f"--score-threshold is {args.score_threshold}; give a number")
+    if args.seed < 0:
+        raise NucleiError(f"--seed is {args.seed}; it counts from 0")
     return names
 
 
@@ -197,10 +213,8 @@ def _value(content: dict, path: Sequence[str]) -> str:
 def _difference(part: dict, path: Sequence[str]) -> str:
     change = _at(part, path)
     form = "+.0f" if path[0] == "errors" else "+.3f"
-    return (
-        f"{change['difference']:{form}} [{change['low']:{form}}, {change['high']:{form}}]"
-        f"{'' if change['low'] <= 0 <= change['high'] else ' *'}"
-    )
+    star = " *" if change["low"] > 0 or change["high"] < 0 else ""
+    return f"{change['difference']:{form}} [{change['low']:{form}}, {change['high']:{form}}]{star}"
 
 
 def counts_line(names: Sequence[str], contents: Sequence[dict]) -> str:

@@ -34,6 +34,23 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """See, before hours of work, whether :func:`atomic_path` could write ``path``.
+
+    Raises:
+        NucleiError: it is a folder, or lies in what is none, or there is no permission.
+    """
+    path = Path(path)
+    # A folder of another user's raises PermissionError in Path.exists().
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110
+    if path.is_dir():
+        raise NucleiError(f"cannot write {path}: it is a folder")
+    if not folder.is_dir():
+        raise NucleiError(f"cannot write {path}: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise NucleiError(f"cannot write {path}: no permission in {folder}")
+
+
 def jsonable(value: Any) -> Any:
     """Turn numpy values into Python's, tuples into lists, NaN and infinity into None."""
     if hasattr(value, "tolist"):

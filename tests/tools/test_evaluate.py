@@ -18,6 +18,7 @@ from nuclei_d2.utils.errors import run_tool
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 SIZE = (60, 70)
+NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +309,42 @@ def test_arguments_that_contradict_each_other(fails, images, tmp_path):
     assert "need different names" in fails(*common)
     assert "put NAME into it" in fails(*common, "--names", "one", "two")
     assert "1 names for 2" in fails(*common, "--names", "one")
+
+
+def test_a_seed_that_is_none(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    assert "--seed is -1" in fails("--ground-truth", gt, "--predictions", gt, "--seed", -1)
+
+
+def test_a_report_that_cannot_be_written_leaves_no_other_file(fails, images, tmp_path):
+    gt = write_labels(tmp_path / "gt", images)
+    report = gt / "a.png" / "report.html"
+    message = fails("--ground-truth", gt, "--predictions", gt, "--report", report)
+    assert message == f"error: cannot write {report}: {gt / 'a.png'} is no folder"
+
+
+def test_files_are_written_before_anything_is_printed(tool, monkeypatch, images, tmp_path):
+    gt, output = write_labels(tmp_path / "gt", images), tmp_path / "m.json"
+    words = ["--ground-truth", str(gt), "--predictions", str(gt), "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
+    monkeypatch.setattr("builtins.print", closed_pipe)
+    with pytest.raises(BrokenPipeError):
+        tool.main()
+    assert json.loads(output.read_text())["n_images"] == 4
+
+
+def closed_pipe(*_, **__):
+    raise BrokenPipeError
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "star"),
+    [(0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.1, False), (0, 0, False), (NAN, NAN, False)],
+)
+def test_a_star_marks_a_clear_difference(tool, low, high, star):
+    names = ["pooled", "f1", "0.50"]
+    part = {"pooled": {"f1": {"0.50": {"difference": low, "low": low, "high": high}}}}
+    assert tool._difference(part, names).endswith("*") == star
 
 
 def test_report(evaluate, images, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nuclei_d2.utils.errors import NucleiError, run_tool
-from nuclei_d2.utils.files import atomic_path, write_json
+from nuclei_d2.utils.files import atomic_path, check_writable, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -28,6 +28,23 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path):
     expected = pytest.raises(NucleiError, match=r"cannot write .*out\.bin")
     with expected, atomic_path(tmp_path / "file" / "out.bin") as temporary:
         temporary.write_bytes(b"x")
+
+
+def test_what_cannot_be_written_is_said_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "folder" / "out.json")
+    check_writable(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(NucleiError, match=r"cannot write .*out\.json: .*file is no folder"):
+        check_writable(tmp_path / "file" / "new" / "out.json")
+    with pytest.raises(NucleiError, match=r"cannot write .*: it is a folder"):
+        check_writable(tmp_path)
+
+
+def test_a_folder_without_permission_is_said_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(NucleiError, match=r"cannot write .*out\.json: no permission in "):
+        check_writable(tmp_path / "out.json")
 
 
 def test_the_temporary_file_keeps_the_suffix(tmp_path):
