@@ -47,12 +47,12 @@ from nuclei_d2.data.datasets.coco import (
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
 from nuclei_d2.data.image_io import ImageNormalizer, read_image
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
-from nuclei_d2.engine.trainer import has_bfloat16
 from nuclei_d2.evaluation.coco_evaluation import NucleiCOCOEvaluator, instances_to_results
 from nuclei_d2.evaluation.efficiency import count_flops
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.modeling import build_model
 from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN, postprocess
+from nuclei_d2.utils.precision import has_bfloat16
 
 OURS, STOCK, BOUNDARY, PLAIN = "nuclei_d2", "Detectron2", "boundary head", "Mask R-CNN"
 STARDIST = "StarDist"
@@ -358,7 +358,7 @@ def training_step(job: Job, options: Options):
     read = NucleiDatasetMapper(cfg, True)
     batch = [read(record) for record in records(job, options)]
     model = detector(job, options).train()
-    mixed = cfg.SOLVER.AMP.ENABLED and has_bfloat16(torch.device("cpu"))
+    mixed = cfg.SOLVER.AMP.ENABLED and has_bfloat16(torch.device("cpu"), "SOLVER.AMP.ENABLED")
 
     def run() -> None:
         with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):

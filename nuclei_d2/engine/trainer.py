@@ -29,7 +29,6 @@ from nuclei_d2.data.augmentation import CenterCrop, build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.data.datasets.statistics import median_diameter
-from nuclei_d2.doctor import bfloat16_support
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.checks import data_warnings
 from nuclei_d2.engine.hooks import BestCheckpointer, TrainingSpeed, ValidationLoss
@@ -44,6 +43,7 @@ from nuclei_d2.inference.image_measures import training_ranges
 from nuclei_d2.modeling import build_model
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
+from nuclei_d2.utils.precision import has_bfloat16
 from nuclei_d2.utils.timing import StageClock
 
 _logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class NucleiTrainer(DefaultTrainer):
         plain.SOLVER.AMP.ENABLED = False
         super().__init__(plain)
         self._device = torch.device(cfg.MODEL.DEVICE)
-        self._amp = cfg.SOLVER.AMP.ENABLED and has_bfloat16(self._device)
+        self._amp = cfg.SOLVER.AMP.ENABLED and has_bfloat16(self._device, "SOLVER.AMP.ENABLED")
         self._batches = None
         self.clock = StageClock(self._device)  # of the stages of an iteration
         self.images_seen = 0  # by this process
@@ -307,14 +307,6 @@ def one_line_errors() -> Iterator[None]:
         yield
     except NucleiError as error:
         raise NucleiError(str(error).strip().splitlines()[-1].split("NucleiError: ")[-1]) from error
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 there: a CPU without its instructions emulates it."""
-    if device.type != "cpu" or bfloat16_support().startswith(("fast", "yes")):
-        return True
-    _logger.warning("this CPU only emulates bfloat16: training in float32 (SOLVER.AMP.ENABLED)")
-    return False
 
 
 def by_task(results: OrderedDict) -> dict:

@@ -440,6 +440,8 @@ def export_model(
         NucleiError: see :class:`NucleiPredictor` and :func:`build_package`; or the package does
             not agree with the model; then there is no file.
     """
+    cfg = cfg.clone()
+    cfg.TEST.AMP.ENABLED = False  # the package computes in float32
     predictor = NucleiPredictor(cfg)
     package = build_package(cfg, predictor.model)
     files = {METADATA_FILE: json.dumps(metadata(cfg), indent=2), CONFIG_FILE: cfg.dump()}

@@ -63,6 +63,28 @@ def test_train_and_predict(build, training_input, roi_heads, mask_head, autocast
             assert found.pred_boundaries.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("mask_head", MASK_HEADS)
+@pytest.mark.parametrize("roi_heads", ROI_HEADS)
+def test_inference_in_bfloat16(build, training_input, monkeypatch, roi_heads, mask_head):
+    monkeypatch.setattr("nuclei_d2.utils.precision.bfloat16_support", lambda: "yes")
+    inputs, opts = [training_input(9)], [*ROI_HEADS[roi_heads], *MASK_HEADS[mask_head]]
+    seen = []
+    for enabled in ("False", "True"):
+        model = build(*opts, "TEST.AMP.ENABLED", enabled).eval()
+        features = []
+        model.backbone.fpn_output2.register_forward_hook(
+            lambda module, args, output, features=features: features.append(output.dtype)
+        )
+        with torch.no_grad():
+            found = model.inference(inputs, do_postprocess=False)[0]
+        assert features == [torch.bfloat16 if enabled == "True" else torch.float32]
+        dtypes = {x.dtype for x in found.get_fields().values() if torch.is_tensor(x)}
+        assert dtypes == {torch.float32, torch.int64}
+        assert found.pred_boxes.tensor.dtype == torch.float32
+        seen.append(found.scores.max())
+    torch.testing.assert_close(*seen, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("roi_heads", ROI_HEADS)
 def test_features_are_pooled_as_detectron2_does(build, training_input, roi_heads):
     """NucleiRCNN pools and lays out memory in its own way; GeneralizedRCNN does not."""

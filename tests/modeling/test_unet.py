@@ -88,6 +88,21 @@ def test_train_and_predict(target, encoder, autocast):
         assert len(found.scores) == len(found.pred_boxes) == len(found.pred_classes) == len(found)
 
 
+@pytest.mark.parametrize("encoder", [(), RESNET], ids=["plain", "resnet"])
+@by_target
+def test_inference_in_bfloat16(target, encoder, monkeypatch):
+    monkeypatch.setattr("nuclei_d2.utils.precision.bfloat16_support", lambda: "yes")
+    model = build(*TARGETS[target], *encoder).eval()
+    mixed = build(*TARGETS[target], *encoder, "TEST.AMP.ENABLED", "True").eval()
+    inputs = [{"image": two_squares()[0]}]
+    with torch.no_grad():
+        (expected,), (found,) = model.predict_maps(inputs), mixed.predict_maps(inputs)
+        assert torch.is_tensor(mixed(inputs)[0]["sem_seg"])
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+
+
 @by_target
 def test_an_image_is_learned_by_heart(target):
     cfg = config(*TARGETS[target], "MODEL.UNET.WIDTH", "8", "MODEL.UNET.DECODER.MIN_AREA", "20")

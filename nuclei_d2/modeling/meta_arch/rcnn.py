@@ -1,16 +1,21 @@
 """R-CNN whose predictions carry boundary maps."""
 
+from typing import Any
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ROIAlign
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from nuclei_d2.layers.roi_align import SmallROIAlign
 from nuclei_d2.structures.boxed_masks import paste_masks
+from nuclei_d2.utils.precision import inference_precision, infers_in_bfloat16
 from nuclei_d2.utils.timing import stage
 
 # Probabilities inside the boxes, and the threshold at which they are pasted; a negative one keeps
@@ -28,13 +33,25 @@ class NucleiRCNN(GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, **kwargs):
-        """Takes the keyword arguments of :class:`GeneralizedRCNN`."""
+    def __init__(self, *, bfloat16: bool = False, **kwargs):
+        """
+        Args:
+            bfloat16: autocast in inference.
+            kwargs: those of :class:`GeneralizedRCNN`.
+        """
         super().__init__(**kwargs)
+        self.bfloat16 = bfloat16
         self.backbone.register_forward_hook(_features_to_float32)
+        for module in self.modules():
+            if isinstance(module, (StandardRPNHead, FastRCNNOutputLayers)):
+                module.register_forward_hook(_predictions_to_float32)
         for pooler in self.roi_heads.modules():
             if isinstance(pooler, ROIPooler):
                 pooler.level_poolers = nn.ModuleList(map(_faster, pooler.level_poolers))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {**super().from_config(cfg), "bfloat16": infers_in_bfloat16(cfg)}
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise and batch the images; what is padded looks like their background.
@@ -66,7 +83,11 @@ class NucleiRCNN(GeneralizedRCNN):
         do_postprocess: bool = True,
     ) -> list[dict] | list[Instances]:
         """Same as :meth:`GeneralizedRCNN.inference`, but see :func:`postprocess`."""
-        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        with inference_precision(self.device, self.bfloat16):
+            results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        for result in results:
+            for name in _PASTE_THRESHOLDS.keys() & result.get_fields().keys():
+                result.set(name, result.get(name).float())
         if not do_postprocess:
             return results
         with stage("postprocess"):
@@ -127,3 +148,12 @@ def _features_to_float32(
 ) -> dict[str, Tensor]:
     """Forward hook. ROIAlign rounds boxes to the type of the features: whole pixels in bfloat16."""
     return {name: feature.float() for name, feature in features.items()}
+
+
+def _predictions_to_float32(module: nn.Module, _inputs: tuple, outputs: tuple) -> tuple | None:
+    """Forward hook. Scores in bfloat16 have many ties, and suppression keeps the best of them."""
+    if module.training:
+        return None
+    return tuple(
+        [x.float() for x in part] if isinstance(part, list) else part.float() for part in outputs
+    )

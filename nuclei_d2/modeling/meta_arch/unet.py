@@ -19,6 +19,7 @@ from nuclei_d2.modeling.losses import class_loss, dice_loss, distance_loss
 from nuclei_d2.modeling.postprocessing import Decoder
 from nuclei_d2.structures.label_instances import predictions_from_labels
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.precision import inference_precision, infers_in_bfloat16
 from nuclei_d2.utils.timing import stage
 
 
@@ -52,6 +53,7 @@ class UNet(nn.Module):
         pixel_std: Sequence[float],
         score_threshold: float = 0.0,
         max_instances: int | None = None,
+        bfloat16: bool = False,
     ):
         """
         Args:
@@ -66,6 +68,7 @@ class UNet(nn.Module):
             pixel_mean, pixel_std: per channel; as many as the image has.
             score_threshold: nuclei with a lower score are dropped.
             max_instances: at most so many nuclei per image are returned; None: all.
+            bfloat16: autocast in inference.
         """
         super().__init__()
         self.backbone = backbone
@@ -76,6 +79,7 @@ class UNet(nn.Module):
         self.loss_weights = loss_weights
         self.score_threshold = score_threshold
         self.max_instances = max_instances
+        self.bfloat16 = bfloat16
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         weights = torch.tensor(class_weights or [1.0] * num_classes)
@@ -118,6 +122,7 @@ class UNet(nn.Module):
             # The keys that limit a detector's output, so that every tool can set them for both.
             "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
             "max_instances": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "bfloat16": infers_in_bfloat16(cfg),
         }
 
     @property
@@ -177,7 +182,8 @@ class UNet(nn.Module):
 
         C: probabilities of the classes, then with the distance target the depth.
         """
-        outputs = self._predict(batched_inputs)
+        with inference_precision(self.device, self.bfloat16):
+            outputs = self._predict(batched_inputs)
         maps = [outputs[:, : self.num_classes].softmax(dim=1)]
         if self.with_distance:
             maps.append(outputs[:, self.num_classes :].clamp(0, 1))

@@ -1,0 +1,25 @@
+import logging
+
+import pytest
+import torch
+
+from nuclei_d2.config import load_config
+from nuclei_d2.utils import precision
+
+
+@pytest.mark.parametrize(
+    ("support", "fast"),
+    [("fast (AMX)", True), ("yes (AVX-512)", True), ("emulated (slow)", False), ("unknown", False)],
+)
+def test_a_cpu_that_emulates_bfloat16_does_without(monkeypatch, caplog, support, fast):
+    monkeypatch.setattr(precision, "bfloat16_support", lambda: support)
+    cfg = load_config("", ["MODEL.DEVICE", "cpu", "TEST.AMP.ENABLED", "True"])
+    with caplog.at_level(logging.WARNING):
+        assert precision.infers_in_bfloat16(cfg) is fast
+    assert ("TEST.AMP.ENABLED is passed over" in caplog.text) is not fast
+    assert precision.has_bfloat16(torch.device("cuda"), "any key")
+
+
+def test_only_who_asks_gets_it(caplog):
+    assert not precision.infers_in_bfloat16(load_config("", ["MODEL.DEVICE", "cpu"]))
+    assert not caplog.text
