@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from benchmark_stages import (
     BOUNDARY,
+    MIXED,
     OURS,
     PLAIN,
     STARDIST,
@@ -188,7 +189,7 @@ def stardist_jobs(args: argparse.Namespace) -> list[Job]:
     return [
         Job("label image", rival, nuclei, size)
         for nuclei, size in dict.fromkeys(images)
-        for rival in (OURS, STARDIST)
+        for rival in (OURS, MIXED, STARDIST)
     ]
 
 
@@ -359,7 +360,7 @@ def print_summary(found: Found, summary: Mapping[str, Any]) -> None:
     )
     rows = []
     for job, values in found.items():
-        if job.rival in (OURS, BOUNDARY):
+        if job.rival in (OURS, MIXED, BOUNDARY):
             other = STOCK if job.rival == OURS else PLAIN
             other = STARDIST if job.stage == "label image" else other
             rival = next(

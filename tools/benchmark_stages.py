@@ -55,7 +55,7 @@ from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN, postprocess
 from nuclei_d2.utils.precision import has_bfloat16
 
 OURS, STOCK, BOUNDARY, PLAIN = "nuclei_d2", "Detectron2", "boundary head", "Mask R-CNN"
-STARDIST = "StarDist"
+MIXED, STARDIST = "nuclei_d2 in bfloat16", "StarDist"
 ROIS, TARGET_SIZE = 128, 28  # RoIs of an image in training, and their masks' side in pixels
 
 
@@ -166,6 +166,7 @@ def config(job: Job, options: Options) -> CfgNode:
             cfg.MODEL.RPN[key] = max(cfg.MODEL.RPN[key], 2 * job.nuclei)
     if not trained:
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.TEST.AMP.ENABLED = job.rival == MIXED
     if job.rival == STOCK:
         cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     if job.rival in (BOUNDARY, PLAIN):

@@ -12,7 +12,7 @@ from tiny import CONFIGS, REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "tools"))  # as for a script that lies there
 import benchmark
 import benchmark_stages as stages
-from benchmark_stages import BOUNDARY, OURS, PLAIN, STARDIST, STOCK, Job, Options
+from benchmark_stages import BOUNDARY, MIXED, OURS, PLAIN, STARDIST, STOCK, Job, Options
 
 from nuclei_d2.utils.errors import NucleiError
 
@@ -90,6 +90,16 @@ def test_stardist_is_measured_by_its_own_interpreter(options, tmp_path):
     broken = fake_python(tmp_path, "echo 'no tensors today' >&2; exit 1")
     with pytest.raises(NucleiError, match="no tensors today"):
         benchmark.run_job(job, Options(**{**vars(other), "stardist": broken}))
+
+
+def test_bfloat16_finds_the_same_nuclei(options, monkeypatch):
+    monkeypatch.setattr("nuclei_d2.utils.precision.bfloat16_support", lambda: "yes")
+    for rival in (OURS, MIXED):
+        job = Job("label image", rival, 12, 128)
+        stages.draw_images(options.folder, job)
+        enabled = stages.config(job, options).TEST.AMP.ENABLED
+        assert enabled is (rival == MIXED)
+        assert stages.measure(job, options)["result"] == 12
 
 
 def test_an_interpreter_without_stardist_is_refused(tmp_path):
