@@ -312,6 +312,16 @@ def check_config(cfg: CfgNode) -> None:
     cap = cfg.TEST.DETECTIONS_PER_IMAGE
     if cap < 1:
         raise NucleiError(f"TEST.DETECTIONS_PER_IMAGE is {cap}; it counts instances, from 1")
+    for name, ends in cfg.INPUT.TRAINING_RANGES.items():
+        if len(ends) and not _is_range(ends):
+            raise NucleiError(
+                f"INPUT.TRAINING_RANGES.{name} is {list(ends)}; give [lowest, highest], or []"
+            )
+
+
+def _is_range(ends: Sequence) -> bool:
+    numbers = all(isinstance(end, (int, float)) for end in ends)
+    return len(ends) == 2 and numbers and ends[0] <= ends[1]
 
 
 def _value(cfg: CfgNode, key: str):

@@ -45,6 +45,9 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         (["INPUT.SCALE"], "KEY VALUE pairs"),
         (["TEST.DETECTIONS_PER_IMAGE", "-1"], "TEST.DETECTIONS_PER_IMAGE is -1; .* from 1"),
         (["TEST.DETECTIONS_PER_IMAGE", "0"], "TEST.DETECTIONS_PER_IMAGE is 0"),
+        (["INPUT.TRAINING_RANGES.FOCUS", "[0.5]"], r"FOCUS is \[0\.5\]; .*\[lowest, highest\]"),
+        (["INPUT.TRAINING_RANGES.NOISE", "[0.5, 0.1]"], r"lowest, highest"),
+        (["INPUT.TRAINING_RANGES.NOISE", "['a', 'b']"], r"lowest, highest"),
         (["DATASETS.CUSTOM", "[['a', 'b']]"], r"\[name, annotation JSON, image folder\]"),
     ],
 )
