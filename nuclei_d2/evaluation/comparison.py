@@ -16,7 +16,6 @@ from nuclei_d2.evaluation.inputs import GroundTruth, Predictions, ScoredMasks
 from nuclei_d2.evaluation.instances import (
     LabelLayers,
     layers_from_predictions,
-    layers_from_scored_masks,
 )
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import HEADLINE, ImageScores, ScoreTable, nest, score_image
@@ -161,13 +160,6 @@ class _Collector:
             f"{path}: {full} images have exactly {most} predictions, as many as any; if that is "
             "the program's own cap, raise it"
         ]
-
-
-def flatten(found: ScoredMasks, score_threshold: float) -> LabelLayers:
-    """Predictions with a sufficient score, each pixel given to the one of highest score."""
-    sure = np.flatnonzero(found.scores >= score_threshold)
-    masks = [found.masks[k] for k in sure]
-    return layers_from_scored_masks(masks, found.scores[sure], found.size)
 
 
 def _check_size(gt: LabelLayers, pred: LabelLayers, gt_file: str, pred_file: str) -> None:

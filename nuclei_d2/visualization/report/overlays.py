@@ -16,9 +16,8 @@ from nuclei_d2.data.datasets.coco import BoxedMask, label_image_to_masks
 from nuclei_d2.data.datasets.sources import IMAGE_SUFFIXES, SourceFile, list_images
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.evaluation.boundary import compute_overlaps
-from nuclei_d2.evaluation.comparison import flatten
 from nuclei_d2.evaluation.inputs import GroundTruth, ImageSource, ScoredMasks
-from nuclei_d2.evaluation.instances import LabelLayers
+from nuclei_d2.evaluation.instances import LabelLayers, layers_from_predictions
 from nuclei_d2.evaluation.matching import segmentation_errors
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.visualization.overlay import stretch
@@ -153,7 +152,9 @@ def draw_overlay(
     Raises:
         NucleiError: a file is unreadable, or the image is of another size than its nuclei.
     """
-    gt, pred = (_read_layers(source, score_threshold) for source in (truth, found))
+    gt, pred = truth.read(), found.read()
+    if isinstance(pred, ScoredMasks):
+        pred = layers_from_predictions(pred.masks, pred.scores, score_threshold, gt)
     overlap, _ = compute_overlaps(gt, pred)
     wrong = segmentation_errors(overlap)
     merged, split = wrong["merges"], wrong["splits"]
@@ -180,11 +181,6 @@ def _line_width(areas: np.ndarray, width: int) -> float:
     """Visible in the whole image, but thinner where nuclei are small, as outlines hide them."""
     diameter = float(np.sqrt(np.median(areas))) if areas.size else np.inf
     return max(width / 1000, min(width / 300, diameter / 10))
-
-
-def _read_layers(source: ImageSource, score_threshold: float) -> LabelLayers:
-    found = source.read()
-    return flatten(found, score_threshold) if isinstance(found, ScoredMasks) else found
 
 
 def _masks(layers: LabelLayers) -> dict[int, BoxedMask]:
