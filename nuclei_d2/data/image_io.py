@@ -228,18 +228,18 @@ class ContrastRange:
     """Grey levels of an image that become 0 (``low``) and 255 (``low + span``).
 
     Attributes:
-        noise: standard deviation of the pixel noise, in grey levels of the image; of integers at
-            least that of rounding to them.
+        noise: standard deviation of the pixel noise of every channel, in grey levels of the image;
+            of integers at least that of rounding to them.
     """
 
     low: float
     span: float
-    noise: float = 0.0
+    noise: tuple[float, ...] = (0.0,)
 
     @property
-    def visible_noise(self) -> float:
+    def visible_noise(self) -> np.ndarray:
         """The noise in the normalised image, where full scale is 255; at least 0.1 % of that."""
-        return 255 * max(self.noise / self.span, 1e-3)
+        return 255 * np.maximum(np.divide(self.noise, self.span), 1e-3)
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """Grey levels of any shape, of the whole image or a window of it -> float32, 0..255."""
@@ -260,10 +260,14 @@ def contrast_range(
         return ContrastRange(0.0, 255.0)
     integer = bool((np.rint(image) == image).all())
     low, high = _percentiles(image, percentiles, integer)
-    noise = estimate_noise(image)
-    floor = max(noise_floor * noise, min_levels if integer else 0.0)
+    noise = channel_noise(image)
+    floor = max(noise_floor * max(noise), min_levels if integer else 0.0)
     span = _span(high - low, floor, image.min(), image.max())
-    return ContrastRange(low, span, max(noise, _ROUNDING if integer else 0.0))
+    return ContrastRange(low, span, _with_rounding(noise, integer))
+
+
+def _with_rounding(noise: Sequence[float], integer: bool) -> tuple[float, ...]:
+    return tuple(max(value, _ROUNDING if integer else 0.0) for value in noise)
 
 
 def _span(stretch: float, floor: float, darkest: float, brightest: float) -> float:
@@ -274,6 +278,8 @@ def _span(stretch: float, floor: float, darkest: float, brightest: float) -> flo
 def estimate_noise(image: np.ndarray) -> float:
     """Standard deviation of the pixel noise, in grey levels, whatever the image shows.
 
+    Of several channels the noisiest counts: where a dye has one channel, the others are empty.
+
     The response to the mask of Immerkaer, "Fast noise variance estimation", CVIU 64 (1996),
     section 2, with the median absolute deviation in place of the mean, which edges would raise.
     Noise that is correlated between pixels (up-scaled or JPEG images) is underestimated.
@@ -281,16 +287,25 @@ def estimate_noise(image: np.ndarray) -> float:
     Args:
         image: (H, W) or (H, W, C) finite floats. Below 3 x 3 pixels the estimate is 0.
     """
+    return max(channel_noise(image))
+
+
+def channel_noise(image: np.ndarray) -> tuple[float, ...]:
+    """:func:`estimate_noise` of every channel."""
     image = np.asarray(image, np.float32)
+    image = image[:, :, None] if image.ndim == 2 else image
     if min(image.shape[:2]) < 3:
-        return 0.0
+        return (0.0,) * image.shape[2]
     magnitude = _noise_magnitude(image)
     integer = bool((np.rint(magnitude) == magnitude).all())
-    return _noise_from_median(_percentiles(magnitude, (50.0,), integer)[0])
+    medians = (_percentiles(channel, (50.0,), integer)[0] for channel in magnitude)
+    return tuple(map(_noise_from_median, medians))
 
 
 def _noise_magnitude(image: np.ndarray) -> np.ndarray:
-    return np.abs(cv2.filter2D(image, cv2.CV_32F, _NOISE_MASK)[1:-1, 1:-1])
+    """Of (H, W, C): (C, H - 2, W - 2)."""
+    filtered = np.abs(cv2.filter2D(image, cv2.CV_32F, _NOISE_MASK)[1:-1, 1:-1])
+    return np.moveaxis(np.atleast_3d(filtered), 2, 0)
 
 
 def _noise_from_median(median: float) -> float:
@@ -346,10 +361,11 @@ def contrast_range_of_source(
     if pool.darkest > pool.brightest:
         return ContrastRange(0.0, 255.0)
     low, high = pool.levels.percentiles(percentiles, pool.grey)
-    noise = _noise_from_median(pool.noise.percentiles((50.0,), pool.grey)[0])
-    floor = max(noise_floor * noise, min_levels if pool.integer else 0.0)
+    channels = pool.noise[:1] if pool.grey else pool.noise
+    noise = [_noise_from_median(c.percentiles((50.0,), False)[0]) for c in channels]
+    floor = max(noise_floor * max(noise), min_levels if pool.integer else 0.0)
     span = _span(high - low, floor, pool.darkest, pool.brightest)
-    return ContrastRange(low, span, max(noise, _ROUNDING if pool.integer else 0.0))
+    return ContrastRange(low, span, _with_rounding(noise, pool.integer))
 
 
 def _bands(source: PixelSource) -> Iterator[np.ndarray]:
@@ -367,13 +383,15 @@ class _PixelPool:
     """What :func:`contrast_range` needs to know of an image that comes in bands."""
 
     def __init__(self, source: PixelSource) -> None:
+        channels = range(len(source.channels))
         if source.dtype.kind in "bui" and source.dtype.itemsize <= 2:
             self.levels = _Counts(-(1 << 15), 3 << 15)
-            self.noise = _Counts(0, 8 << 16)  # the mask's weights of either sign add up to 8
+            # The mask's weights of either sign add up to 8.
+            self.noise = [_Counts(0, 8 << 16) for _ in channels]
         else:
-            values = source.size[0] * source.size[1] * len(source.channels)
+            values = source.size[0] * source.size[1] * len(channels)
             step = math.ceil(math.sqrt(values / _MAX_SAMPLES))
-            self.levels, self.noise = _Samples(step), _Samples(step)
+            self.levels, self.noise = _Samples(step), [_Samples(step) for _ in channels]
         self.grey = self.integer = True
         self.darkest, self.brightest = math.inf, -math.inf
         self._rows = 0
@@ -388,8 +406,8 @@ class _PixelPool:
         self.levels.add(new, self._rows)
         self._rows += len(new)
         if min(band.shape[:2]) >= 3:
-            magnitude = _noise_magnitude(band)
-            self.noise.add(magnitude.reshape(*magnitude.shape[:2], -1), self._rows)
+            for noise, magnitude in zip(self.noise, _noise_magnitude(band), strict=True):
+                noise.add(magnitude[:, :, None], self._rows)
 
 
 class _Counts:
@@ -475,6 +493,11 @@ class ImageNormalizer:
                 return contrast_range_of_source(image, *settings)
             image = image.read(slice(None), slice(None))
         return contrast_range(_without_copies(image), *settings)
+
+    def visible_noise(self, contrast: ContrastRange) -> np.ndarray:
+        """Of every channel that this returns, or (1,) for all: see :class:`ContrastRange`."""
+        noise = contrast.visible_noise
+        return noise[::-1] if self.image_format == "BGR" else noise
 
     def __call__(self, image: np.ndarray, contrast: ContrastRange | None = None) -> np.ndarray:
         image = _without_copies(image)

@@ -16,7 +16,7 @@ _LEAST_SURROUNDINGS = 5  # pixels that can be compared with
 def nuclear_contrast(
     masks: Sequence[BoxedMask],
     pixels: np.ndarray,
-    noise: float,
+    noise: float | np.ndarray,
     origin: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
     """How much the pixels of every nucleus differ from those around it.
@@ -28,7 +28,7 @@ def nuclear_contrast(
     Args:
         masks: N nonempty masks.
         pixels: (h, w, C) float; of several channels, that with the greatest contrast counts.
-        noise: standard deviation, > 0, in the unit of the pixels.
+        noise: standard deviation, > 0, in the unit of the pixels, or (C,) of every channel.
         origin: top and left of ``pixels`` in the coordinates of the masks.
 
     Returns:
@@ -39,15 +39,16 @@ def nuclear_contrast(
     for (top, left), mask in zip(places, masks, strict=True):
         _paste(occupied, mask.mask, top, left)
     found = (
-        _contrast(mask.mask, top, left, pixels, occupied)
+        (_contrast(mask.mask, top, left, pixels, occupied) / noise).max()
         for (top, left), mask in zip(places, masks, strict=True)
     )
-    return np.fromiter(found, float, len(masks)) / noise
+    return np.fromiter(found, float, len(masks))
 
 
 def _contrast(
     mask: np.ndarray, top: int, left: int, pixels: np.ndarray, occupied: np.ndarray
-) -> float:
+) -> np.ndarray:
+    """Of every channel, (C,) in the unit of the pixels; NaN as above."""
     first, second = max(top - _REACH, 0), max(left - _REACH, 0)
     window = np.s_[
         first : max(top + mask.shape[0] + _REACH, 0), second : max(left + mask.shape[1] + _REACH, 0)
@@ -55,13 +56,14 @@ def _contrast(
     colours, free = pixels[window], ~occupied[window]
     inside = np.zeros(free.shape, np.uint8)
     _paste(inside, mask, top - first, left - second)
+    unknown = np.full(pixels.shape[2], np.nan)
     if not inside.any():
-        return np.nan
+        return unknown
     around = _grow(inside, _REACH) & ~_grow(inside, _GAP) & free
     if np.count_nonzero(around) < _LEAST_SURROUNDINGS:
-        return np.nan
+        return unknown
     differences = colours[inside.view(bool)] - np.median(colours[around], axis=0)
-    return float(np.sqrt(np.square(differences).mean(axis=0)).max())
+    return np.sqrt(np.square(differences).mean(axis=0))
 
 
 def _paste(canvas: np.ndarray, mask: np.ndarray, top: int, left: int) -> None:

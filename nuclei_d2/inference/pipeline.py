@@ -237,7 +237,7 @@ class NucleiPipeline:
         found, capped = zip(*answers, strict=True)
         nuclei = vote(found) if self.options.tta else found[0]
         origin = tuple(span.start for span in source_window(grid, tile))
-        noise = image.contrast.visible_noise
+        noise = image.normalize.visible_noise(image.contrast)
         contrast = nuclear_contrast(nuclei.masks, window, noise, origin)
         nuclei.measures["contrast"] = contrast
         visible = ~(contrast < self.options.least_contrast)  # NaN is kept

@@ -239,6 +239,7 @@ def make_finder(
         least_contrast: see :class:`~nuclei_d2.inference.pipeline.PredictionOptions`.
     """
     normalize = ImageNormalizer(cfg)
+    noise = normalize.visible_noise(contrast)
 
     @torch.no_grad()
     def find(window: Window, factor: float) -> Found:
@@ -251,7 +252,7 @@ def make_finder(
         masks, scores = split_masks(instances.pred_masks), instances.scores.numpy()
         areas = np.array([np.count_nonzero(mask.mask) for mask in masks])
         sure = np.flatnonzero((scores >= cfg.TEST.SCORE_THRESH_LABELS) & (areas > 0))
-        seen = nuclear_contrast([masks[k] for k in sure], pixels, contrast.visible_noise)
+        seen = nuclear_contrast([masks[k] for k in sure], pixels, noise)
         sure = sure[~(seen < least_contrast)]
         shrink = np.divide(sides, new)
         centres = [

@@ -283,6 +283,22 @@ def test_noise_is_estimated_whatever_the_image_shows(sigma):
     assert estimate_noise(np.ones((2, 9), np.float32)) == 0
 
 
+def test_an_empty_channel_hides_no_noise():
+    """A dye with one channel of an RGB file, as microscopes save it."""
+    noise = np.random.default_rng(0).normal(100, 5, (200, 200)).round()
+    image = np.zeros((200, 200, 3), np.float32)
+    image[:, :, 2] = noise
+    assert estimate_noise(image) == estimate_noise(image[:, :, 2]) == pytest.approx(5, rel=0.1)
+    contrast = contrast_range(image)
+    assert contrast.noise[2] == pytest.approx(5, rel=0.1)
+    assert contrast.noise[0] == contrast.noise[1] < 0.3
+    assert contrast == contrast_range_of_source(ArraySource(image.astype(np.uint8)))
+    assert contrast.apply(image[:, :, 2]).std() <= 255 / 12 * 1.1
+    cfg = load_config("", ["INPUT.FORMAT", "BGR"])
+    backwards = ImageNormalizer(cfg).visible_noise(contrast)
+    assert backwards.tolist() == contrast.visible_noise[::-1].tolist()
+
+
 @pytest.mark.parametrize("sigma", [1, 20, 2000])
 def test_noise_is_not_stretched_to_full_scale(sigma):
     noise = np.random.default_rng(0).normal(8 * sigma, sigma, (256, 256, 1)).round()

@@ -36,6 +36,12 @@ def test_the_channel_with_the_greatest_contrast_counts():
     assert nuclear_contrast([nucleus], pixels, noise=1).tolist() == [7]
 
 
+def test_every_channel_has_its_own_noise():
+    pixels, nucleus = scene(10, channels=3)
+    pixels[8:14, 20:26] += [8, 0, 9]
+    assert nuclear_contrast([nucleus], pixels, np.array([2, 0.1, 3])).tolist() == [4]
+
+
 def test_neighbours_are_no_surroundings():
     pixels, nucleus = scene(30)
     pixels[8:14, 27:39] = 30
