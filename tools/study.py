@@ -35,7 +35,11 @@ def parse_args() -> argparse.Namespace:
         "--budget", type=float, metavar="MINUTES", help="of training for every model"
     )
     parser.add_argument(
-        "--only", metavar="PATTERN", help="runs to do, such as 'fluorescence/*/seed0'"
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        default=["*"],
+        help="runs to do, in the order of the patterns, such as 'fluorescence/*/seed0'",
     )
     parser.add_argument("--output", metavar="FOLDER", help="checkpoints and logs go here")
     parser.add_argument("--results", metavar="FOLDER", help="what the report is made from")
@@ -51,9 +55,7 @@ def main() -> None:
     overrides = {key: getattr(args, key) for key in ("budget", "output", "results")}
     study = load_study(args.study, **overrides)
     runner = Runner(study, Commands.in_folder(Path(__file__).parent), args.jobs)
-    runs = [run for run in study.runs() if fnmatch(run.key, args.only or "*")]
-    if not runs:
-        raise NucleiError(f"--only {args.only}: no such run; --dry-run lists them")
+    runs = choose_runs(study, args.only)
     if args.dry_run:
         print(plan_table(study, runner, runs))
         return
@@ -70,6 +72,21 @@ def main() -> None:
     if failed:
         print(f"failed: {', '.join(run.key for run in failed)}", file=sys.stderr)
         sys.exit(1)
+
+
+def choose_runs(study: Study, patterns: list[str]) -> list[Run]:
+    """Those of each pattern in turn, each once.
+
+    Raises:
+        NucleiError: a pattern is that of no run.
+    """
+    chosen = {}
+    for pattern in patterns:
+        found = {run.key: run for run in study.runs() if fnmatch(run.key, pattern)}
+        if not found:
+            raise NucleiError(f"--only {pattern}: no such run; --dry-run lists them")
+        chosen |= {key: run for key, run in found.items() if key not in chosen}
+    return list(chosen.values())
 
 
 def plan_table(study: Study, runner: Runner, runs: list[Run]) -> str:

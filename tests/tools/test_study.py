@@ -1,5 +1,6 @@
 """study.py as a user calls it. Its parts are tested in tests/study."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def all_bytes(folder):
 
 
 def test_a_study_runs_reports_and_is_then_done(tiny_data, study, call, tmp_path):
-    assert "tiny/ours/seed0" in call("study.yaml", "--dry-run")[1]
+    assert "tiny/ours/seed0" in call("study.yaml", "--dry-run", "--only", "*/seed0", "tiny/*")[1]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", TOOL, "study.yaml"],
         capture_output=True,
@@ -71,12 +72,19 @@ def test_a_study_runs_reports_and_is_then_done(tiny_data, study, call, tmp_path)
     assert "done" in call("study.yaml", "--dry-run")[1]
 
 
+def test_runs_are_chosen_in_the_order_asked_for(study, call):
+    content = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump({**content, "seeds": [0, 1, 2]}))
+    shown = call("study.yaml", "--dry-run", "--only", "*/seed2", "tiny/*")[1]
+    assert re.findall(r"seed\d", shown) == ["seed2", "seed0", "seed1"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["none.yaml"], "cannot read none.yaml"),
         (["study.yaml", "--jobs", "0"], "--jobs is 0"),
-        (["study.yaml", "--only", "x/*"], "--only x/*: no such run"),
+        (["study.yaml", "--only", "tiny/*", "x/*"], "--only x/*: no such run"),
         (["study.yaml", "--report-only"], "no results of tiny to report yet"),
     ],
 )
