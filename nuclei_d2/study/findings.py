@@ -118,6 +118,18 @@ class Findings:
                 return run.tests[test]
         return None
 
+    def contested(self, task: Task, model: str) -> tuple[float, float] | None:
+        """Of the first test set: share of the predicted pixels that several predictions cover, and
+        the accuracy if all were divided rightly; means over seeds. None where nothing is known.
+        """
+        measured = self.measured(task, task.test[0], model).values()
+        known = [m.contested for m in measured if m.contested]
+        if not known:
+            return None
+        # The accuracy of the report leaves out the last threshold.
+        accuracies = [np.mean(contested["accuracy"][:-1]) for contested in known]
+        return float(np.mean([c["pixels"] for c in known])), float(np.mean(accuracies))
+
     def by_touching(self, task: Task, model: str, metric: str) -> list[Estimate]:
         """A metric in images with few, some and many touching nuclei."""
         samples = self._touching_samples(task, model)

@@ -31,6 +31,7 @@ from nuclei_d2.evaluation.inputs import (
 from nuclei_d2.evaluation.instances import LabelLayers, layers_from_predictions
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS, true_positives
 from nuclei_d2.evaluation.scores import ImageScores
+from nuclei_d2.study.contested import contested_pixels
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import write_json
 
@@ -124,6 +125,7 @@ def measure_set(
         "images": _image_columns(evaluation.images),
         "scored": _pack_hits(evaluation.scored) if evaluation.scored else None,
         "coco": _coco(evaluation),
+        "contested": contested_pixels(gt, found, score_threshold),
     }
 
 
@@ -188,6 +190,7 @@ class Measured(NamedTuple):
     hits: dict[str, np.ndarray]  # by name of HITS: (10, P) bool; {} without scores
     score_threshold: float
     coco: dict[str, Any] | None  # AP in percent
+    contested: dict[str, Any] | None  # see nuclei_d2.study.contested
 
 
 def read_measured(path: Path) -> Measured:
@@ -209,6 +212,7 @@ def read_measured(path: Path) -> Measured:
             hits={name: _bits(column) for name, column in scored.items()},
             score_threshold=content["score_threshold"],
             coco=content["coco"],
+            contested=content["contested"],
         )
     except OSError as error:
         raise NucleiError(f"cannot read {path}: {error.strerror or error}") from error

@@ -86,6 +86,18 @@ def test_what_is_kept_gives_the_same_numbers(files, tmp_path):
     assert kept.coco["bbox"]["AP"] == pytest.approx(direct.coco["bbox"]["AP"])
 
 
+def test_what_overlaps_cost_is_kept(tmp_path):
+    nuclei = [circle((20, 20), 9), circle((20, 38), 9)]
+    found = [(circle((20, 24), 9), 0.9), (nuclei[1], 0.8)]  # the first one bites into the second
+    truth = write_truth(tmp_path / "truth.json", [nuclei])
+    results = write_results(tmp_path / "results.json", [found])
+    measure((truth, results), {"t": (truth, results)}, str(tmp_path), 100)
+    kept = read_measured(tmp_path / "t.json")
+    assert 0.02 < kept.contested["pixels"] < 0.2
+    assert ScoreTable(kept.images).metrics()["pooled", "accuracy", "0.95"][0] == 0
+    assert kept.contested["accuracy"][-1] == pytest.approx(1 / 3, abs=1e-5)
+
+
 def test_touching_nuclei_are_counted(tmp_path):
     masks = [circle((20, 20), 8), circle((20, 35), 7.5), circle((45, 60), 6)]  # two of them meet
     truth = write_truth(tmp_path / "truth.json", [masks])

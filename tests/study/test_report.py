@@ -129,6 +129,10 @@ def test_numbers_in_the_page_are_those_of_the_table(make_study, fabricate):
         for name in ("mask_rcnn", "unet")
     )
     assert float(change["value"]) == pytest.approx(first - second, abs=1e-4)
+    pixels, divided = findings.contested(findings.main, "mask_rcnn")
+    accuracy = findings.estimate(findings.main, "tiny_test", "mask_rcnn", "accuracy").value
+    assert f"finds, {100 * pixels:.1f} % lie in more" in page
+    assert f"would be {divided:.3f} instead of {accuracy:.3f}:" in page
 
 
 def test_what_was_not_measured_stays_empty(make_study, fabricate):

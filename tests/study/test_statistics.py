@@ -44,6 +44,7 @@ def measured(found, nuclei=(4, 2, 4), touching=(0, 1, 4), hits=True) -> Measured
         hits=dict.fromkeys(("mask", "2%", "1px", "2px", "3px"), rows) if hits else {},
         score_threshold=0.5,
         coco=None,
+        contested=None,
     )
 
 
