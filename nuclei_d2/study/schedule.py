@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from detectron2.config import CfgNode
 from nuclei_d2.study.plan import option_words
 from nuclei_d2.utils.errors import NucleiError
 
-# Iterations of a calibration. The first ones are faster than the rest: few proposals are nuclei.
+# Iterations of a calibration. The first ones differ from the rest: caches are cold, and few
+# proposals are nuclei.
 CALIBRATION_ITERATIONS = 100
 
 
@@ -93,7 +95,8 @@ def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 
 def seconds_per_iteration(rows: list[dict[str, Any]]) -> float:
-    """The time of an iteration at the end of a training.
+    """The time of an iteration: median of the rows but the first, which other programs disturb less
+    than any one of them.
 
     Raises:
         NucleiError: the rows hold no time.
@@ -101,4 +104,4 @@ def seconds_per_iteration(rows: list[dict[str, Any]]) -> float:
     times = [row["time"] for row in rows if "time" in row]
     if not times:
         raise NucleiError("the calibration measured no time; look at its log")
-    return times[-1]
+    return statistics.median(times[1:] or times)

@@ -60,6 +60,12 @@ def test_of_repeated_iterations_the_later_ones_count(tmp_path):
     assert seconds_per_iteration(read_metrics(path)) == 2.0
 
 
+def test_a_disturbed_moment_does_not_change_the_time_of_an_iteration():
+    rows = [{"iteration": k, "time": time} for k, time in enumerate((9.0, 1.0, 1.2, 1.1, 4.0))]
+    assert seconds_per_iteration(rows) == pytest.approx(1.15)
+    assert seconds_per_iteration(rows[:1]) == 9.0
+
+
 def test_no_metrics_are_an_error(tmp_path):
     with pytest.raises(NucleiError, match="cannot read"):
         read_metrics(tmp_path / "metrics.json")
