@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import SIZE_NAMES
@@ -145,6 +146,7 @@ def _draw_pareto(ax: Axes, findings: Findings) -> None:
         ax.step(*zip(*front, strict=True), where="post", color="0.6", linewidth=0.8)
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more would overlap
         ax.xaxis.set_minor_formatter("{x:.2g}")
     ax.set_xlabel("seconds per megapixel (network and post-processing)")
     ax.set_ylabel("TP / (TP + FP + FN), mean over IoU 0.5-0.9")
