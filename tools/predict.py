@@ -2,7 +2,7 @@
 """Find the nuclei of images of any size and number, and write label images, outlines and tables.
 
 tools/predict.py --config-file output/config.yaml --weights output/model_best.pth \\
-    --input images/ --output results --formats labels,geojson,csv
+    --input images/ --output output/results --formats labels,geojson,csv
 
 Call it again to do what is missing. Several processes, on one machine or many, may share the work:
 start the same command several times, or `torchrun --nproc-per-node 4 tools/predict.py ...`.
