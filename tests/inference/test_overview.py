@@ -53,6 +53,7 @@ def test_one_is_singular(tmp_path):
     assert "1 nucleus in 1 image<" in page
     assert "1 image to look at first" in page
     assert "1 nucleus, quality" in page
+    assert "before you trust" not in page  # there is no warning
 
 
 def test_the_page_stays_small_and_the_table_has_all(tmp_path, monkeypatch):
