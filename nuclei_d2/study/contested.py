@@ -35,7 +35,7 @@ def contested_pixels(
     for name, source in gt.images.items():
         nuclei, scored = source.read(), found.images[name].read()
         divided, counts = divide(nuclei, scored, score_threshold)
-        overlap, _ = compute_overlaps(nuclei, divided, ())
+        overlap, _ = compute_overlaps(nuclei, divided)
         matched += true_positives(overlap, overlap.iou)
         objects += len(overlap.gt_areas) + len(overlap.pred_areas)
         pixels += counts
