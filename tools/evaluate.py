@@ -190,11 +190,10 @@ def headline_table(names: Sequence[str], contents: Sequence[dict], differences: 
         cells = [_value(content, path) for content in contents]
         changes = [_difference(part, path) for part in differences.values()]
         rows.append([" ".join(path), *cells, *changes, definition(path)])
-    note = (
-        f"Fractions of 1; {LEVEL:.0%} intervals over images in brackets ({RESAMPLES} bootstrap "
-        "samples)."
-    )
-    return f"{tabulate(rows, header, disable_numparse=True)}\n{note}"
+    note = "Fractions of 1"
+    if contents[0]["settings"]["resamples"]:
+        note += f"; {LEVEL:.0%} intervals over images in brackets ({RESAMPLES} bootstrap samples)"
+    return f"{tabulate(rows, header, disable_numparse=True)}\n{note}."
 
 
 def _at(content: dict, path: Sequence[str]):
@@ -204,17 +203,21 @@ def _at(content: dict, path: Sequence[str]):
 
 
 def _value(content: dict, path: Sequence[str]) -> str:
-    value, (low, high) = _at(content, path), _at(content["intervals"], path)
-    if path[0] == "errors":
-        return f"{value} [{low:.0f}, {high:.0f}]"
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    form = ".0f" if path[0] == "errors" else ".3f"
+    return f"{_at(content, path):{form}}{_interval(*_at(content['intervals'], path), form)}"
 
 
 def _difference(part: dict, path: Sequence[str]) -> str:
     change = _at(part, path)
     form = "+.0f" if path[0] == "errors" else "+.3f"
     star = " *" if change["low"] > 0 or change["high"] < 0 else ""
-    return f"{change['difference']:{form}} [{change['low']:{form}}, {change['high']:{form}}]{star}"
+    interval = _interval(change["low"], change["high"], form)
+    return f"{change['difference']:{form}}{interval}{star}"
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    """Nothing where it is undefined."""
+    return "" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]"
 
 
 def counts_line(names: Sequence[str], contents: Sequence[dict]) -> str:

@@ -2,7 +2,8 @@
 
 Images are drawn with replacement, as many as there are; the interval is that of the percentiles
 (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Nuclei of one image are
-not independent, so images are drawn, never nuclei.
+not independent, so images are drawn, never nuclei. Of a single image there is no interval, and
+those of a few images are too narrow.
 """
 
 import numpy as np
@@ -12,14 +13,24 @@ from nuclei_d2.evaluation.scores import Path, ScoreTable
 RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
+FEW_IMAGES = 10  # with fewer, intervals of a mean hold the truth in clearly less than LEVEL
 
 
 def bootstrap_weights(n_images: int, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """(resamples, n_images) how often each image is drawn."""
-    if not n_images:
-        return np.zeros((resamples, 0), np.int64)
+    """(resamples, n_images) how often each image is drawn; no rows for fewer than two images."""
+    if n_images < 2:
+        return np.zeros((0, n_images), np.int64)
     chances = np.full(n_images, 1 / n_images)
     return np.random.default_rng(seed).multinomial(n_images, chances, size=resamples)
+
+
+def sample_warning(n_images: int) -> str | None:
+    """What the number of images means for the intervals; None where they are enough."""
+    if n_images == 1:
+        return "only one image: no interval can be given, and any difference may be chance"
+    if n_images < FEW_IMAGES:
+        return f"only {n_images} images: intervals are too narrow, differences may be chance"
+    return None
 
 
 def bootstrap_intervals(

@@ -9,7 +9,12 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from nuclei_d2.data.datasets.coco import label_image_to_masks, mask_to_annotation
-from nuclei_d2.evaluation.bootstrap import LEVEL, bootstrap_intervals, paired_differences
+from nuclei_d2.evaluation.bootstrap import (
+    LEVEL,
+    bootstrap_intervals,
+    paired_differences,
+    sample_warning,
+)
 from nuclei_d2.evaluation.boundary_ap import ScoredImage, boundary_ap, match_scored
 from nuclei_d2.evaluation.coco_evaluation import AREA_RANGES, coco_ap, dataset_to_coco
 from nuclei_d2.evaluation.inputs import GroundTruth, Predictions, ScoredMasks
@@ -133,6 +138,8 @@ class _Collector:
 
     def _warnings(self, table: ScoreTable) -> list[str]:
         path, found = self.predictions.path, []
+        if few := sample_warning(table.n_images):
+            found.append(few)
         if not any(image.n_gt for image in self.images):
             found.append("the ground truth has no nuclei at all")
         if not any(image.n_pred for image in self.images):

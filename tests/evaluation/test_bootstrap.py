@@ -5,6 +5,7 @@ from nuclei_d2.evaluation.bootstrap import (
     bootstrap_intervals,
     bootstrap_weights,
     paired_differences,
+    sample_warning,
 )
 from nuclei_d2.evaluation.instances import layers_from_label_image
 from nuclei_d2.evaluation.scores import ScoreTable, score_image
@@ -28,7 +29,22 @@ def test_weights_draw_as_many_images_as_there_are():
     assert (weights.sum(axis=1) == 7).all()
     np.testing.assert_array_equal(weights, bootstrap_weights(7, resamples=50, seed=3))
     assert (weights != bootstrap_weights(7, resamples=50, seed=4)).any()
-    assert bootstrap_weights(0).shape[1] == 0
+
+
+def test_one_image_has_no_interval():
+    weights = bootstrap_weights(1)
+    assert weights.shape == (0, 1)
+    first, second = table([2]), table([3])
+    assert np.isnan(bootstrap_intervals(first, weights)[F1]).all()
+    change = paired_differences(first, second, weights)[F1]
+    assert np.isnan([change["low"], change["high"]]).all()
+    assert change["difference"] == pytest.approx(6 / 7 - 2 / 3)
+
+
+def test_few_images_are_warned_of():
+    assert "no interval" in sample_warning(1)
+    assert "only 9 images" in sample_warning(9)
+    assert sample_warning(10) is None
 
 
 def test_weighting_equals_repeating_images():

@@ -43,7 +43,8 @@ def source(content):
 
 def test_overlapping_nuclei_are_found_whole():
     nuclei = [square(2, 2), square(8, 8), square(10, 10, 4)]
-    evaluation = evaluate([(nuclei, [(mask, 0.9 - k / 10) for k, mask in enumerate(nuclei)])])
+    image = (nuclei, [(mask, 0.9 - k / 10) for k, mask in enumerate(nuclei)])
+    evaluation = evaluate([image] * 10)
     summary = evaluation.table.summary()
     assert summary["pooled"]["f1"]["mean"] == summary["pooled"]["pq"] == 1
     assert summary["image_mean"]["aji"] == 1
@@ -55,7 +56,8 @@ def test_predictions_under_others_are_counted_once_for_all_images():
     image = ([nucleus], [(nucleus, 0.9), (inside, 0.8), (inside, 0.4)])
     evaluation = evaluate([image, image])
     assert evaluation.table.summary()["n_pred"] == 2
-    (warning,) = evaluation.warnings
+    few, warning = evaluation.warnings
+    assert few.startswith("only 2 images")
     assert warning.startswith("p.json: 2 of 4 sure predictions lie wholly under others")
 
 

@@ -210,6 +210,26 @@ def test_several_sets_are_compared_in_pairs(evaluate, images, tmp_path, capsys):
     assert "bad - good" in capsys.readouterr().out
 
 
+def test_one_image_gives_no_interval_and_no_star(evaluate, images, tmp_path, capsys):
+    one = {"b": images["b"]}
+    gt = write_labels(tmp_path / "gt", one)
+    good = write_labels(tmp_path / "good", shift(one))
+    bad = write_labels(tmp_path / "bad", shift(one, 3))
+    report = tmp_path / "report.html"
+    content = evaluate("--ground-truth", gt, "--predictions", good, bad, "--report", report)
+    printed = capsys.readouterr()
+    assert "[" not in printed.out.split("Fractions of 1")[0]
+    assert " *" not in printed.out
+    assert "nan" not in printed.out
+    assert "warning: only one image" in printed.err
+    assert content["predictions"]["good"]["intervals"]["pooled"]["pq"] == [None, None]
+    page = report.read_text()
+    assert "One image cannot tell" in page
+    assert "It may be chance." in page
+    for word in ("clear, for", "interval excludes 0", "bootstrap samples", "()"):
+        assert word not in page
+
+
 def test_unsure_predictions_count_for_ap_only(evaluate, images, tmp_path):
     gt = write_coco(tmp_path / "gt.json", images)
     ids = dict(zip(images, range(11, 15), strict=True))

@@ -47,7 +47,7 @@ class Given:
 
     def change(self, first, second, path):
         if path in self._favours:
-            return Change("", "", self._favours[path])
+            return Change("-1", "-3 to +1", self._favours[path])
         return self._difference(first, second)
 
 
@@ -80,6 +80,13 @@ def test_what_may_be_chance_is_said_to_be():
     assert (found.headline, found.named) == ("Too close to call", None)
     assert found.sentence == "a: 7 merges (interval 0) against 6 of b."
     assert found.difference == "b minus a: -1 (-3 to +1). It may be chance: the interval holds 0."
+
+
+def test_one_image_cannot_tell():
+    alone = Given([7, 6], lambda first, second: Change("-1", "", None))
+    found = answer(QUESTIONS[1], ["a", "b"], alone)
+    assert (found.headline, found.named) == ("One image cannot tell", None)
+    assert found.difference == "b minus a: -1. It may be chance."
 
 
 FAVOURS = {metric.path: None for metric in METRICS}

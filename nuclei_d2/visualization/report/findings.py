@@ -227,7 +227,9 @@ def answer(question: Question, names: Sequence[str], statistics: Statistics) -> 
     if len(best) > 1:
         headline = name if others else "No difference"
         return Answer(asked, headline, f"{shown[best[0]]} {question.noun} each{against}")
-    sentence = f"{shown[best[0]]} {question.noun} ({statistics.interval(best[0], path)}){against}"
+    interval = statistics.interval(best[0], path)
+    interval = interval and f" ({interval})"
+    sentence = f"{shown[best[0]]} {question.noun}{interval}{against}"
     found = Answer(asked, name, sentence, best[0])
     return _against(others[0], found, path, names, statistics) if others else found
 
@@ -238,13 +240,18 @@ def _against(
     """The answer with its difference to another set; it names none if that could be chance."""
     first, second = sorted((found.named, other))  # later minus earlier, as in the table
     change = statistics.change(first, second, path)
-    difference = f"{names[second]} minus {names[first]}: {change.value} ({change.interval}). "
-    if change.favours is None:
-        difference += "It may be chance: the interval holds 0."
-        sentence = f"{found.headline}: {found.sentence}"
-        found = found._replace(headline="Too close to call", sentence=sentence, named=None)
+    interval = change.interval and f" ({change.interval})"
+    if change.favours is not None:
+        verdict = f"Clearly in favour of {names[change.favours]}: the interval excludes 0."
+    elif interval:
+        verdict = "It may be chance: the interval holds 0."
     else:
-        difference += f"Clearly in favour of {names[change.favours]}: the interval excludes 0."
+        verdict = "It may be chance."
+    difference = f"{names[second]} minus {names[first]}: {change.value}{interval}. {verdict}"
+    if change.favours is None:
+        sentence = f"{found.headline}: {found.sentence}"
+        headline = "Too close to call" if interval else "One image cannot tell"
+        found = found._replace(headline=headline, sentence=sentence, named=None)
     beside = _beside(names, statistics, first, second) if path == MAIN else ""
     return found._replace(difference=difference, beside=beside)
 
