@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Draw what a model finds: one picture per image, contours over the contrast-stretched image.
 
+Of several predictions that are the same nucleus the best is drawn, as tools/predict.py keeps it.
+
 tools/demo.py --config-file output/config.yaml --input images/*.png --output pictures \\
     --opts MODEL.WEIGHTS output/model_best.pth MODEL.DEVICE cpu
 """
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.formats.folder import image_key, labels_by_key
 from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.inference.duplicates import drop_duplicates
 from nuclei_d2.inference.inputs import find_images, is_image_name, unique_stems
 from nuclei_d2.inference.predictor import NucleiPredictor
 from nuclei_d2.utils.errors import NucleiError, run_tool
@@ -84,7 +87,7 @@ def main() -> None:
             tqdm.write(f"error: {error}", file=sys.stderr)
             failed.append(str(image))
             continue
-        instances = predictor(raw)
+        instances = drop_duplicates(predictor(raw))
         picture = draw(cfg, raw, instances, truth, args.boundaries)
         with atomic_path(output) as temporary:
             Image.fromarray(picture).save(temporary)

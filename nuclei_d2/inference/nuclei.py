@@ -130,6 +130,30 @@ class Nuclei:
         return next(self.label_strips(max(self.size[0], 1)))
 
 
+def take(nuclei: Nuclei, chosen: np.ndarray) -> Nuclei:
+    """Some of the nuclei, by indices or bool, in the order asked for."""
+    indices = np.arange(len(nuclei))[chosen]
+    measures = {name: values[indices] for name, values in nuclei.measures.items()}
+    masks = [nuclei.masks[k] for k in indices.tolist()]
+    return Nuclei(masks, nuclei.scores[indices], nuclei.size, measures)
+
+
+def concatenate(parts: Sequence[Nuclei], size: tuple[int, int]) -> Nuclei:
+    """All nuclei of an image of ``size`` (H, W), part by part; the parts have the same measures."""
+    names = parts[0].measures if parts else ()
+    return Nuclei(
+        [mask for part in parts for mask in part.masks],
+        np.concatenate([np.zeros(0), *(part.scores for part in parts)]),
+        size,
+        {name: np.concatenate([part.measures[name] for part in parts]) for name in names},
+    )
+
+
+def sort(nuclei: Nuclei) -> Nuclei:
+    """Best first, as :class:`Nuclei` promises."""
+    return take(nuclei, np.argsort(-nuclei.scores, kind="stable"))
+
+
 def nuclei_quality(nuclei: Nuclei) -> np.ndarray:
     """How far each nucleus can be trusted, (N,) float, 0..1.
 

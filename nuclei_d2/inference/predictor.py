@@ -18,6 +18,9 @@ from nuclei_d2.modeling import build_model
 class NucleiPredictor:
     """Find the nuclei of one image at a time, on the way that evaluation takes.
 
+    As in evaluation, a detector may report a nucleus and a fragment of it:
+    :func:`~nuclei_d2.inference.duplicates.drop_duplicates` leaves one of them.
+
     raw image -> :class:`ImageNormalizer` -> INPUT.SCALE -> model -> ``Instances`` at the original
     resolution.
 

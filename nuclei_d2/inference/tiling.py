@@ -15,16 +15,19 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from nuclei_d2.data.datasets.coco import BoxedMask
-from nuclei_d2.inference.nuclei import Nuclei
-from nuclei_d2.structures.box_pairs import near_pairs
+from nuclei_d2.inference.duplicates import (
+    DUPLICATE_IOU,
+    find_overlaps,
+    find_own_overlaps,
+    keep_best,
+)
+from nuclei_d2.inference.nuclei import Nuclei, concatenate, sort, take
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path
 
 # Tiles begin at multiples of the coarsest feature map's stride (p6), network pixels: the features
 # of a tile lie on the grid of the whole image's.
 ALIGNMENT = 64
-DUPLICATE_IOU = 0.5  # of two nuclei
-_DUPLICATE_CONTAINMENT = 0.7  # common pixels over those of the smaller one
 _NUMBERS = 4  # of a tile's result, in its file
 _EDGE = 2  # network pixels; a nucleus that ends so close to a tile's inner edge is cut by it
 
@@ -330,105 +333,3 @@ def _neighbours(tiles: Sequence[Tile]) -> Iterable[tuple[int, int]]:
             other = places.get((row + step[0], column + step[1]))
             if other is not None:
                 yield k, other
-
-
-# --------------------------------------------------------------------------- overlaps
-
-
-@dataclass(frozen=True)
-class Overlaps:
-    """Pairs of nuclei of two sets, or of one, that share a pixel."""
-
-    first: np.ndarray  # (K,) index into the first set
-    second: np.ndarray  # (K,) index into the second set
-    common: np.ndarray  # (K,) pixels
-    areas: np.ndarray  # (K, 2) pixels of each of the two
-
-    @property
-    def iou(self) -> np.ndarray:
-        """(K,) intersection over union."""
-        return self.common / (self.areas.sum(axis=1) - self.common)
-
-    @property
-    def duplicates(self) -> np.ndarray:
-        """(D, 2) indices of pairs that are the same nucleus, or of which one lies in the other."""
-        contained = self.common / self.areas.min(axis=1)
-        same = (self.iou >= DUPLICATE_IOU) | (contained >= _DUPLICATE_CONTAINMENT)
-        return np.stack([self.first, self.second], axis=1)[same]
-
-
-def find_overlaps(first: Nuclei, second: Nuclei) -> Overlaps:
-    """All pairs with common pixels; the cost is that of comparing N x M boxes."""
-    a, b = first.boxes[:, None], second.boxes[None]
-    touching = (a[..., :2] < b[..., 2:]).all(axis=2) & (b[..., :2] < a[..., 2:]).all(axis=2)
-    return _overlaps(first, second, *np.nonzero(touching))
-
-
-def find_own_overlaps(nuclei: Nuclei) -> Overlaps:
-    """All pairs of one set with common pixels, each once."""
-    pairs = np.array(list(near_pairs(nuclei.boxes, 1)), int).reshape(-1, 2)
-    return _overlaps(nuclei, nuclei, *pairs.T)
-
-
-def _overlaps(first: Nuclei, second: Nuclei, i: np.ndarray, j: np.ndarray) -> Overlaps:
-    """Those of the pairs (i, j), indices into the two sets, with common pixels."""
-    common = [_common(first.masks[p], second.masks[q]) for p, q in zip(i, j, strict=True)]
-    common = np.array(common, np.int64)
-    i, j, common = i[common > 0], j[common > 0], common[common > 0]
-    return Overlaps(i, j, common, np.stack([first.areas[i], second.areas[j]], axis=1))
-
-
-def _common(a: BoxedMask, b: BoxedMask) -> int:
-    top, left = max(a.top, b.top), max(a.left, b.left)
-    bottom = min(a.top + a.mask.shape[0], b.top + b.mask.shape[0])
-    right = min(a.left + a.mask.shape[1], b.left + b.mask.shape[1])
-    parts = [m.mask[top - m.top : bottom - m.top, left - m.left : right - m.left] for m in (a, b)]
-    return int(np.count_nonzero(parts[0] & parts[1]))
-
-
-def keep_best(pairs: np.ndarray, best_first: np.ndarray) -> np.ndarray:
-    """Of every pair of duplicates keep the better one.
-
-    Args:
-        pairs: (K, 2) indices of duplicates.
-        best_first: (N,) all indices, in order of preference.
-
-    Returns:
-        (N,) bool; an index goes if a better one that stays is its duplicate.
-    """
-    partners: dict[int, list[int]] = {}
-    for a, b in pairs.tolist():
-        partners.setdefault(a, []).append(b)
-        partners.setdefault(b, []).append(a)
-    kept = np.ones(len(best_first), bool)
-    for k in best_first.tolist():
-        if kept[k] and k in partners:
-            kept[partners[k]] = False
-    return kept
-
-
-# ------------------------------------------------------------------------- sets of nuclei
-
-
-def take(nuclei: Nuclei, chosen: np.ndarray) -> Nuclei:
-    """Some of the nuclei, by indices or bool, in the order asked for."""
-    indices = np.arange(len(nuclei))[chosen]
-    measures = {name: values[indices] for name, values in nuclei.measures.items()}
-    masks = [nuclei.masks[k] for k in indices.tolist()]
-    return Nuclei(masks, nuclei.scores[indices], nuclei.size, measures)
-
-
-def concatenate(parts: Sequence[Nuclei], size: tuple[int, int]) -> Nuclei:
-    """All nuclei of an image of ``size`` (H, W), part by part; the parts have the same measures."""
-    names = parts[0].measures if parts else ()
-    return Nuclei(
-        [mask for part in parts for mask in part.masks],
-        np.concatenate([np.zeros(0), *(part.scores for part in parts)]),
-        size,
-        {name: np.concatenate([part.measures[name] for part in parts]) for name in names},
-    )
-
-
-def sort(nuclei: Nuclei) -> Nuclei:
-    """Best first, as :class:`Nuclei` promises."""
-    return take(nuclei, np.argsort(-nuclei.scores, kind="stable"))

@@ -8,16 +8,13 @@ from detectron2.data import transforms as T
 
 from nuclei_d2.data.augmentation import Rotation90Transform
 from nuclei_d2.data.datasets.coco import BoxedMask, box_mask
-from nuclei_d2.inference.nuclei import Nuclei
-from nuclei_d2.inference.tiling import (
+from nuclei_d2.inference.duplicates import (
     DUPLICATE_IOU,
-    concatenate,
     find_overlaps,
     find_own_overlaps,
     keep_best,
-    sort,
-    take,
 )
+from nuclei_d2.inference.nuclei import Nuclei, concatenate, sort, take
 
 
 class View(NamedTuple):

@@ -6,9 +6,9 @@ from tiny import CONFIGS, draw_nuclei
 
 from nuclei_d2.config import load_config
 from nuclei_d2.inference import NucleiPipeline, PredictionOptions
+from nuclei_d2.inference.duplicates import find_overlaps
 from nuclei_d2.inference.image_source import ImageSource
 from nuclei_d2.inference.pipeline import _Image
-from nuclei_d2.inference.tiling import find_overlaps
 from nuclei_d2.utils.errors import NucleiError
 
 

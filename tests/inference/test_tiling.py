@@ -9,10 +9,7 @@ from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.tiling import (
     ALIGNMENT,
     TileResult,
-    find_overlaps,
-    find_own_overlaps,
     judge_tile,
-    keep_best,
     load_result,
     make_grid,
     merge_tiles,
@@ -218,42 +215,6 @@ def test_nothing_found():
     assert len(nuclei) == 0
     assert nuclei.size == GRID.size
     assert seams == (0, 0)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_overlaps_equal_those_of_full_masks(seed):
-    rng = np.random.default_rng(seed)
-    sets, full = [], []
-    for _ in range(2):
-        masks = []
-        for _ in range(rng.integers(0, 6)):
-            top, left, h, w = *rng.integers(0, 20, 2), *rng.integers(1, 12, 2)
-            mask = rng.random((h, w)) < 0.5
-            mask[0, 0] = mask[-1, -1] = True
-            masks.append(BoxedMask(mask, int(top), int(left)))
-        sets.append(Nuclei.from_masks(masks, np.zeros(len(masks)), (40, 40)))
-        full.append(np.zeros((len(masks), 40, 40), bool))
-        for canvas, mask in zip(full[-1], masks, strict=True):
-            canvas[mask.window] = mask.mask
-    overlaps = find_overlaps(*sets)
-    expected = np.einsum("aij,bij->ab", full[0].astype(int), full[1].astype(int))
-    found = np.zeros_like(expected)
-    found[overlaps.first, overlaps.second] = overlaps.common
-    np.testing.assert_array_equal(found, expected)
-    union = (full[0][overlaps.first] | full[1][overlaps.second]).sum(axis=(1, 2))
-    np.testing.assert_allclose(overlaps.iou, overlaps.common / union)
-    own = find_own_overlaps(sets[0])
-    pairs = {frozenset(pair) for pair in zip(own.first.tolist(), own.second.tolist(), strict=True)}
-    common = np.einsum("aij,bij->ab", full[0].astype(int), full[0].astype(int))
-    assert len(pairs) == len(own.first) == np.triu(common, 1).astype(bool).sum()
-    np.testing.assert_array_equal(own.common, common[own.first, own.second])
-
-
-def test_what_goes_takes_nothing_with_it():
-    pairs = np.array([[0, 1], [1, 2]])
-    assert keep_best(pairs, np.array([0, 1, 2])).tolist() == [True, False, True]
-    assert keep_best(pairs, np.array([1, 0, 2])).tolist() == [False, True, False]
 
 
 def test_a_result_of_another_version_is_not_used(tmp_path):
