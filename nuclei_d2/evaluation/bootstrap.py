@@ -37,7 +37,9 @@ def bootstrap_intervals(
     table: ScoreTable, weights: np.ndarray, level: float = LEVEL
 ) -> dict[Path, tuple[float, float]]:
     """Lower and upper end of the interval of every metric; NaN where it is undefined."""
-    return {path: _interval(values, level) for path, values in table.metrics(weights).items()}
+    return {
+        path: percentile_interval(values, level) for path, values in table.metrics(weights).items()
+    }
 
 
 def paired_differences(
@@ -54,13 +56,14 @@ def paired_differences(
     resampled = first.metrics(weights), second.metrics(weights)
     differences = {}
     for path in before:
-        low, high = _interval(resampled[1][path] - resampled[0][path], level)
+        low, high = percentile_interval(resampled[1][path] - resampled[0][path], level)
         difference = float(after[path][0] - before[path][0])
         differences[path] = {"difference": difference, "low": low, "high": high}
     return differences
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Of (B,) resampled values, NaN left out; NaN where there are none."""
     values = values[~np.isnan(values)]
     if not values.size:
         return float("nan"), float("nan")
