@@ -185,7 +185,7 @@ def empty_fields() -> dict[str, np.ndarray]:
 def measure_empty(cfg: CfgNode, args: argparse.Namespace) -> Rows:
     """Nuclei found in empty fields, with and without the least contrast; annotated nuclei's."""
     rows = []
-    scales = {"scale 1": cfg.INPUT.NUCLEUS_DIAMETER or None, "estimated scale": "auto"}
+    scales = {"known size": cfg.INPUT.NUCLEUS_DIAMETER or None, "estimated size": "auto"}
     pipelines = {
         f"{scale}, contrast >= {least:g}": NucleiPipeline(
             cfg, PredictionOptions(diameter=diameter, least_contrast=least)

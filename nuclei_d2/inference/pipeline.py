@@ -280,7 +280,7 @@ class NucleiPipeline:
         if 1 / _SIZE_RATIO <= diameter * factor / model_diameter <= _SIZE_RATIO:
             return []
         return [
-            f"the nuclei, {diameter:.3g} px wide, are at scale {factor:.3g} far from the model's, "
+            f"the nuclei, {diameter:.3g} px wide, are at factor {factor:.3g} far from the model's, "
             f"{model_diameter:.3g} px; give their --diameter"
         ]
 

@@ -134,7 +134,7 @@ def choose_scale(
         )
         if not width:
             reason = "no nuclei found at any scale"
-    return ScaleChoice(factor, f"scale {factor:.3g}: {reason}")
+    return ScaleChoice(factor, f"factor {factor:.3g}: {reason}")
 
 
 def _positive(option: str, value: float | str) -> float:

@@ -93,13 +93,13 @@ def config(diameter=MODEL_DIAMETER, pixel_size=0.0):
 def test_diameter_sets_the_factor(diameter):
     choice = choose_scale(Image((9, 9), pixel_size=0.5), config(), never, diameter=diameter)
     assert choice.factor == 0.5
-    assert choice.explanation == "scale 0.5: nuclei of 40 px as given, the model's have 20 px"
+    assert choice.explanation == "factor 0.5: nuclei of 40 px as given, the model's have 20 px"
 
 
 def test_pixel_size_sets_the_factor():
     choice = choose_scale(Image((9, 9), 2.0), config(pixel_size=0.5), never, pixel_size=0.25)
     assert choice.factor == 0.5
-    assert choice.explanation == "scale 0.5: 0.25 um/px as given, the model's 0.5"
+    assert choice.explanation == "factor 0.5: 0.25 um/px as given, the model's 0.5"
 
 
 def test_pixel_size_of_the_file_is_used_where_the_models_is_known():
@@ -157,13 +157,13 @@ def test_explanation_of_the_estimate():
     world = World(grid_of(500, 80), 40)
     choice = choose_scale(Image((500, 500)), config(), world, diameter="auto")
     assert choice.explanation == (
-        "scale 0.5: nuclei of about 40 px by estimate, the model's have 20 px"
+        "factor 0.5: nuclei of about 40 px by estimate, the model's have 20 px"
     )
 
 
 def test_an_image_without_nuclei_keeps_its_size():
     choice = choose_scale(Image((300, 300)), config(), World([], 20))
-    assert choice == (1.0, "scale 1: no nuclei found at any scale")
+    assert choice == (1.0, "factor 1: no nuclei found at any scale")
 
 
 def test_one_nucleus_is_enough():

@@ -51,7 +51,7 @@ def test_empty_fields_and_annotated_nuclei(measure, tiny_data, monkeypatch):
     monkeypatch.setattr(tool, "empty_fields", lambda: few)
     *fields, annotated = measure("empty", "--datasets", "tiny_val")
     assert [row["field"] for row in fields] == list(few)
-    assert all(row["scale 1, contrast >= 3"] == 0 for row in fields)
+    assert all(row["known size, contrast >= 3"] == 0 for row in fields)
     assert annotated["field"].startswith("tiny_val: ")
 
 
