@@ -20,6 +20,8 @@ setup(
         "nuclei_d2.study": ["*.md"],
         "nuclei_d2.visualization.report": ["*.html", "*.css"],
     },
+    # With -e by a line in a .pth file: a script beside the clone would else find its folder first.
+    options={"editable_wheel": {"mode": "compat"}},
     python_requires=">=3.10",
     install_requires=(ROOT / "requirements/runtime.txt").read_text().splitlines(),
 )

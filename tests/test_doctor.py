@@ -28,6 +28,16 @@ def test_a_complete_installation(monkeypatch, tmp_path, capsys):
     assert rows["ROIAlign, NMS"] == "work"
 
 
+def test_a_script_beside_the_clone_finds_the_package(tmp_path):
+    (tmp_path / "nuclei_d2/nuclei_d2").mkdir(parents=True)  # the clone, named like the package
+    (tmp_path / "script.py").write_text("import nuclei_d2\nprint(nuclei_d2.__file__)")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env=env, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == doctor.__file__.replace("doctor.py", "__init__.py"), run.stderr
+
+
 @pytest.mark.parametrize(
     ("module", "error"),
     [
