@@ -124,9 +124,9 @@ def accelerator_rows() -> Iterator[tuple[str, str]]:
 
 
 def dataset_rows() -> list[tuple[str, str]]:
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
     names = sorted(path.stem for path in root.glob("*/annotations/*.json"))
-    given = "$DETECTRON2_DATASETS" if "DETECTRON2_DATASETS" in os.environ else "default"
+    given = "$DETECTRON2_DATASETS" if os.environ.get("DETECTRON2_DATASETS") else "default"
     return [("root", f"{root.absolute()} ({given})"), ("prepared", ", ".join(names) or "none")]
 
 

@@ -41,8 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--confidence-threshold",
         type=float,
-        default=0.5,
-        help="least score, 0 to 1, of the nuclei to draw (default: %(default)s)",
+        help="least score, 0 to 1, of the nuclei to draw (default: the config's "
+        "TEST.SCORE_THRESH_LABELS, as in evaluation and tools/predict.py)",
     )
     parser.add_argument(
         "--boundaries", action="store_true", help="draw the predicted boundaries beside them"
@@ -64,12 +64,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if not 0 <= args.confidence_threshold <= 1:
-        raise NucleiError(
-            f"--confidence-threshold is {args.confidence_threshold}; it lies in 0 to 1"
-        )
-    threshold = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(args.confidence_threshold)]
-    cfg = load_config(args.config_file, [*threshold, *args.opts])
+    cfg = load_config(args.config_file, args.opts)
+    threshold = args.confidence_threshold
+    if threshold is None:
+        threshold = cfg.TEST.SCORE_THRESH_LABELS
+    if not 0 <= threshold <= 1:
+        raise NucleiError(f"--confidence-threshold is {threshold}; it lies in 0 to 1")
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = float(threshold)
     images = find_images(args.input)
     outputs = output_paths(images, Path(args.output))
     labels = find_labels(args.ground_truth, images) if args.ground_truth else None

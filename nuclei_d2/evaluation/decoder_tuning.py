@@ -18,10 +18,10 @@ from nuclei_d2.utils.errors import NucleiError
 Settings = dict[str, float]
 # Values tried of each setting of the decoders.
 CANDIDATES = {
-    "threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    "threshold": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
     "seed_threshold": tuple(k / 20 for k in range(4, 20)),  # 0.2, 0.25 .. 0.95
-    "min_area": (0, 5, 10, 20, 40, 80),
-    "hole_area": (0, 20, 50, 200),
+    "min_area": (0, 5, 10, 20, 40, 80, 160, 320),
+    "hole_area": (0, 20, 50, 200, 800),
 }
 
 

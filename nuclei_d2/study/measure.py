@@ -35,7 +35,7 @@ from nuclei_d2.study.contested import contested_pixels
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import write_json
 
-SCORE_THRESHOLDS = tuple(k / 20 for k in range(20))  # 0, 0.05 .. 0.95
+SCORE_THRESHOLDS = (*(k / 20 for k in range(20)), 0.97, 0.99)  # 0, 0.05 .. 0.95, and two more
 HITS = ("mask", *BOUNDARIES)  # what a prediction can hit by: mask IoU, or boundary IoU
 
 
@@ -93,7 +93,7 @@ def choose_score_threshold(truth: str, predictions: str) -> tuple[float, dict[st
 
 
 def _counts(gt: LabelLayers, found: ScoredMasks) -> np.ndarray:
-    """(20, 12) of one image: true positives at IOU_THRESHOLDS, nuclei, predictions."""
+    """(thresholds, 12) of one image: true positives at IOU_THRESHOLDS, nuclei, predictions."""
     rows = np.zeros((len(SCORE_THRESHOLDS), len(IOU_THRESHOLDS) + 2))
     before = -1
     for k, threshold in enumerate(SCORE_THRESHOLDS):

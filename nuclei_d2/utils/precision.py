@@ -9,18 +9,26 @@ from detectron2.config import CfgNode
 from nuclei_d2.doctor import bfloat16_support
 
 _logger = logging.getLogger(__name__)
+_AMPERE = (8, 0)  # compute capability of the first NVIDIA GPUs with bfloat16 (CUDA C++ Guide)
 
 
 def has_bfloat16(device: torch.device, key: str) -> bool:
-    """Whether bfloat16 is faster than float32 there: a CPU without its instructions emulates it.
+    """Whether bfloat16 is faster than float32 there; devices without its instructions emulate it.
 
     Args:
+        device: one that is there.
         key: the config key that asks for it, for the warning.
     """
-    if device.type != "cpu" or bfloat16_support().startswith(("fast", "yes")):
-        return True
-    _logger.warning("this CPU only emulates bfloat16: %s is passed over, float32 is used", key)
-    return False
+    fast = True
+    if device.type == "cpu":
+        fast = bfloat16_support().startswith(("fast", "yes"))
+    elif device.type == "cuda" and torch.version.cuda:  # not AMD's
+        fast = torch.cuda.get_device_capability(device) >= _AMPERE
+    if not fast:
+        name = {"cpu": "CPU", "cuda": "GPU"}[device.type]
+        words = "this %s only emulates bfloat16: %s is passed over, float32 is used"
+        _logger.warning(words, name, key)
+    return fast
 
 
 def infers_in_bfloat16(cfg: CfgNode) -> bool:

@@ -1,10 +1,14 @@
 """Every YAML in configs/ builds, trains one step and predicts, on an empty and a full image."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from tiny import CONFIGS
+from tiny import CONFIGS, REPOSITORY
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.dataset_mapper import labels_to_instances
@@ -94,3 +98,31 @@ def test_the_unets_differ_by_target_and_losses_alone():
                 cfg.MODEL.UNET[key] = two_class.MODEL.UNET[key]
             cfg.OUTPUT_DIR = two_class.OUTPUT_DIR
             assert cfg == two_class
+
+
+# Detectron2's configs/Base-RCNN-FPN.yaml, as its COCO models were trained.
+COCO_MODEL = {
+    "BACKBONE": {"NAME": "build_resnet_fpn_backbone"},
+    "RESNETS": {"OUT_FEATURES": ["res2", "res3", "res4", "res5"]},
+    "FPN": {"IN_FEATURES": ["res2", "res3", "res4", "res5"]},
+    "ANCHOR_GENERATOR": {"SIZES": [[32], [64], [128], [256], [512]]},
+    "RPN": {"IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"]},
+    "ROI_HEADS": {"NAME": "StandardROIHeads", "IN_FEATURES": ["p2", "p3", "p4", "p5"]},
+    "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_FC": 2, "POOLER_RESOLUTION": 7},
+    "ROI_MASK_HEAD": {"NAME": "MaskRCNNConvUpsampleHead", "NUM_CONV": 4},
+}
+
+
+def test_the_documented_recipe_takes_all_of_coco_but_the_last_layers(tmp_path):
+    docs = (REPOSITORY / "docs/models.md").read_text()
+    (recipe,) = (b for b in re.findall("```yaml\n(.*?)```", docs, re.S) if "COCO-Instance" in b)
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("_BASE_: ", f"_BASE_: {REPOSITORY}/"))
+    ours = load_config(str(tmp_path / "recipe.yaml"), ["MODEL.DEVICE", "cpu"])
+    coco = get_cfg()
+    coco.MODEL.DEVICE, coco.MODEL.MASK_ON = "cpu", True
+    for part, values in COCO_MODEL.items():
+        coco.MODEL[part].update(values)
+    shapes = [{k: v.shape for k, v in build_model(c).state_dict().items()} for c in (ours, coco)]
+    differ = {name for name in shapes[0] if shapes[0][name] != shapes[1].get(name)}
+    parts = {".".join(name.split(".")[1:3]) for name in differ}
+    assert parts == {"box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.predictor"}

@@ -96,8 +96,8 @@ def test_panel_with_ground_truth_and_boundaries(model, tmp_path):
     Image.fromarray(labels).save(tmp_path / "labels/cell.png")
     run = demo(
         *("--config-file", model, "--input", tmp_path / "in/*.tif", "--output", tmp_path / "out"),
-        *("--boundaries", "--ground-truth", tmp_path / "labels", "--confidence-threshold", 1),
-        *("--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),  # the last word
+        *("--boundaries", "--ground-truth", tmp_path / "labels"),
+        *("--opts", "TEST.SCORE_THRESH_LABELS", 0.0),  # random weights are sure of nothing
     )
     assert run.returncode == 0, run.stderr
     assert not run.stdout.startswith("cell.tif: 0 nuclei")

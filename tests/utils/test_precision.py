@@ -17,7 +17,19 @@ def test_a_cpu_that_emulates_bfloat16_does_without(monkeypatch, caplog, support,
     with caplog.at_level(logging.WARNING):
         assert precision.infers_in_bfloat16(cfg) is fast
     assert ("TEST.AMP.ENABLED is passed over" in caplog.text) is not fast
-    assert precision.has_bfloat16(torch.device("cuda"), "any key")
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_before_ampere_does_without(monkeypatch, caplog, capability, fast):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with caplog.at_level(logging.WARNING):
+        assert precision.has_bfloat16(torch.device("cuda"), "SOLVER.AMP.ENABLED") is fast
+    assert ("this GPU only emulates" in caplog.text) is not fast
+
+
+def test_other_devices_are_trusted():
+    assert precision.has_bfloat16(torch.device("mps"), "any key")
 
 
 def test_only_who_asks_gets_it(caplog):
