@@ -3,6 +3,8 @@
 
 tools/train_net.py --config-file configs/mask_boundary_rcnn.yaml
 tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+
+An evaluation in the folder of a training writes into OUTPUT_DIR/evaluation.
 """
 
 import torch

@@ -60,9 +60,14 @@ def setup(args) -> CfgNode:
     Returns:
         The frozen config, written to ``OUTPUT_DIR/config.yaml`` as well. For training it says how
         large the nuclei are that the model learns from, and what the images are like, as
-        prediction needs to know.
+        prediction needs to know. ``--eval-only`` in the folder of a training has ``evaluation``
+        in that folder for its ``OUTPUT_DIR``: the training's files stay as they are.
     """
     cfg = checked_config(args)
+    training_dir = Path(cfg.OUTPUT_DIR)
+    beside_training = args.eval_only and _holds_training(training_dir)
+    if beside_training:
+        cfg.OUTPUT_DIR = str(training_dir / "evaluation")
     if not args.eval_only:
         records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
         cfg.INPUT.NUCLEUS_DIAMETER = round(median_diameter(records), 2)
@@ -70,10 +75,17 @@ def setup(args) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     _setup_log(cfg)
+    if beside_training:
+        _logger.info(f"{training_dir} holds a training: the evaluation goes to {cfg.OUTPUT_DIR}")
     if comm.is_main_process():
         for warning in data_warnings(cfg, *_used_sets(cfg, args)):
             _logger.warning(warning)
     return cfg
+
+
+def _holds_training(folder: Path) -> bool:
+    """Whether a training has begun there, or left checkpoints; an evaluation writes none of these."""
+    return (folder / "metrics.json").is_file() or any(folder.glob("*.pth"))
 
 
 def _setup_log(cfg: CfgNode) -> None:

@@ -21,10 +21,10 @@ from nuclei_d2.engine.trainer import (
 from nuclei_d2.utils.errors import NucleiError
 
 
-def tiny_setup(tmp_path, *opts, config="mask_boundary_rcnn.yaml", num_gpus=1):
+def tiny_setup(tmp_path, *opts, config="mask_boundary_rcnn.yaml", num_gpus=1, eval_only=False):
     args = argparse.Namespace(
         config_file=str(CONFIGS / config),
-        eval_only=False,
+        eval_only=eval_only,
         num_gpus=num_gpus,
         opts=[
             *TINY_OPTS,
@@ -77,6 +77,29 @@ def test_training_writes_down_how_large_its_nuclei_are(tiny_data, tmp_path):
     cfg = load_config(str(tmp_path / "out" / "config.yaml"))
     expected = 2 * np.sqrt(np.median(areas) / np.pi)
     assert pytest.approx(expected, abs=0.01) == cfg.INPUT.NUCLEUS_DIAMETER
+
+
+@pytest.mark.parametrize("sign", ["metrics.json", "model_best.pth"])
+def test_an_evaluation_leaves_the_files_of_a_training_alone(tiny_data, tmp_path, sign):
+    out = tmp_path / "out"
+    out.mkdir()
+    files = [out / name for name in (sign, "config.yaml", "results.json", "log.txt")]
+    for path in files:
+        path.write_text("of the training")
+    cfg = tiny_setup(tmp_path, config="classical.yaml", eval_only=True)
+    evaluate_and_save(cfg, NucleiTrainer.build_model(cfg))
+    assert all(path.read_text() == "of the training" for path in files)
+    for name in ("config.yaml", "results.json", "inference/tiny_test"):
+        assert (out / "evaluation" / name).exists(), name
+    assert f"goes to {out / 'evaluation'}" in (out / "evaluation" / "log.txt").read_text()
+
+
+def test_an_evaluation_elsewhere_repeats_in_its_own_folder(tiny_data, tmp_path):
+    for _ in range(2):
+        cfg = tiny_setup(tmp_path, config="classical.yaml", eval_only=True)
+        evaluate_and_save(cfg, NucleiTrainer.build_model(cfg))
+    assert cfg.OUTPUT_DIR == str(tmp_path / "out")
+    assert not (tmp_path / "out" / "evaluation").exists()
 
 
 def test_the_last_two_checkpoints_are_kept(tiny_data, tmp_path):
