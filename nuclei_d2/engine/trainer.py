@@ -84,7 +84,7 @@ def setup(args) -> CfgNode:
 
 
 def _holds_training(folder: Path) -> bool:
-    """Whether a training has begun there, or left checkpoints; an evaluation writes none of these."""
+    """Whether a training has begun there, or left a model; no evaluation writes these files."""
     return (folder / "metrics.json").is_file() or any(folder.glob("*.pth"))
 
 
@@ -97,6 +97,15 @@ def _setup_log(cfg: CfgNode) -> None:
         enable_propagation=True,
     )
     log.setLevel(logging.INFO)
+    logging.getLogger(TrainerBase.__module__).addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A filter of log records: Detectron2 logs what stops a training with its traceback."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, NucleiError):
+        record.msg, record.args, record.exc_info = f"Training stopped: {error}", (), None
+    return True
 
 
 def checked_config(args) -> CfgNode:
@@ -269,6 +278,10 @@ class NucleiTrainer(DefaultTrainer):
         self.clock.switch("step")
         self.optimizer.step()
         self.clock.switch(None)
+
+    def after_step(self) -> None:
+        with one_line_errors():  # the hooks validate
+            super().after_step()
 
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:

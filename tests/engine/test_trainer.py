@@ -98,7 +98,7 @@ def test_an_evaluation_elsewhere_repeats_in_its_own_folder(tiny_data, tmp_path):
     for _ in range(2):
         cfg = tiny_setup(tmp_path, config="classical.yaml", eval_only=True)
         evaluate_and_save(cfg, NucleiTrainer.build_model(cfg))
-    assert cfg.OUTPUT_DIR == str(tmp_path / "out")
+    assert str(tmp_path / "out") == cfg.OUTPUT_DIR
     assert not (tmp_path / "out" / "evaluation").exists()
 
 
@@ -108,13 +108,18 @@ def test_the_last_two_checkpoints_are_kept(tiny_data, tmp_path):
     assert kept == ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
 
 
-def test_a_broken_image_is_one_line_from_a_worker_too(tiny_data, tmp_path):
-    for path in (tiny_data / "tiny" / "images").glob("tiny_train_*.png"):
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_image_is_one_line_from_a_worker_too(tiny_data, tmp_path, split, workers):
+    cfg = tiny_setup(tmp_path, "DATALOADER.NUM_WORKERS", workers)
+    for path in (tiny_data / "tiny" / "images").glob(f"tiny_{split}_*.png"):
         path.write_bytes(path.read_bytes()[:100])
-    for workers in ("0", "1"):
-        with pytest.raises(NucleiError, match=r"tiny_train_\d\.png: truncated") as error:
-            train(tmp_path, "DATALOADER.NUM_WORKERS", workers)
-        assert "\n" not in str(error.value)
+    with pytest.raises(NucleiError, match=rf"tiny_{split}_\d\.png: truncated") as error:
+        NucleiTrainer(cfg).train()
+    assert "\n" not in str(error.value)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert str(error.value) in log
+    assert "Traceback" not in log
 
 
 def test_checkpoints_hold_nothing_that_ties_them_to_a_device(tiny_data, tmp_path):
