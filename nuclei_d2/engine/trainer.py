@@ -241,9 +241,16 @@ class NucleiTrainer(DefaultTrainer):
     def train(self) -> OrderedDict:
         """Train to ``SOLVER.MAX_ITER``, then evaluate on ``DATASETS.TEST``.
 
+        A run that begins anew removes ``last_checkpoint`` and ``model_best.pth`` of an earlier one
+        in ``OUTPUT_DIR``, which would pass for its own.
+
         Returns:
             ``{dataset: {"bbox": {...}, "segm": {...}}}``, as in ``results.json``.
         """
+        if self.start_iter == 0:
+            comm.synchronize()  # until every process has loaded MODEL.WEIGHTS
+            if comm.is_main_process():
+                _forget_earlier_run(Path(self.cfg.OUTPUT_DIR))
         TrainerBase.train(self, self.start_iter, self.max_iter)
         return evaluate_and_save(self.cfg, self.model, self.training_cost())
 
@@ -296,6 +303,13 @@ class NucleiTrainer(DefaultTrainer):
                 "lower SOLVER.BASE_LR, or look at these images"
             ) from error
         return losses
+
+
+def _forget_earlier_run(folder: Path) -> None:
+    for path in (folder / "last_checkpoint", folder / "model_best.pth"):
+        if path.exists():
+            _logger.info(f"removing {path} of an earlier run")
+            path.unlink()
 
 
 def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables) -> NucleiCheckpointer:

@@ -166,6 +166,24 @@ def test_a_run_resumed_from_its_last_checkpoint_ends_at_the_same_iteration(tiny_
     assert state["iteration"] == 3
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_only_a_resumed_run_goes_on_from_an_earlier_one(tiny_data, tmp_path, monkeypatch, resume):
+    def stop():
+        raise NucleiError("stopped before the first checkpoint")
+
+    opts = ("DATASETS.VAL", "()", "DATASETS.TEST", "()")
+    train(tmp_path, *opts, "SOLVER.MAX_ITER", "1")
+    out = tmp_path / "out"
+    (out / "model_best.pth").write_text("of the earlier run")
+    trainer = NucleiTrainer(tiny_setup(tmp_path, *opts))
+    trainer.resume_or_load(resume=resume)
+    monkeypatch.setattr(trainer, "run_step", stop)
+    with pytest.raises(NucleiError, match="before the first checkpoint"):
+        trainer.train()
+    for name in ("last_checkpoint", "model_best.pth"):
+        assert (out / name).exists() == resume, name
+
+
 def test_evaluating_a_checkpoint_reproduces_the_run(tiny_data, tmp_path):
     train(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
     written, _ = read_results(tmp_path)
