@@ -54,7 +54,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30, help="of training, validation apart")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="labels/ appears in it")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="labels/ and run.json appear in it"
+    )
     return parser.parse_args()
 
 
@@ -70,15 +72,15 @@ def main() -> None:
     model, seconds = train_model(args, "model", train, val, epochs, STEPS_PER_EPOCH)
     thresholds = model.optimize_thresholds(*val)
     predict_test(model, args.annotations, f"{args.name}_test", args.output / "labels")
-    summary = {
+    summary = {  # named as in the run.json of a study
         "versions": {"stardist": stardist.__version__, "tensorflow": tensorflow.__version__},
         "threads": args.threads,
-        "steps": len(seconds),
-        "minutes": sum(seconds) / 60,
-        "parameters": model.keras_model.count_params(),
+        "model": {"parameters": model.keras_model.count_params()},
+        "iterations": len(seconds),
+        "training": {"seconds": sum(seconds)},
         "thresholds": {name: float(value) for name, value in thresholds.items()},
     }
-    (args.output / "stardist.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (args.output / "run.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary))
 
 

@@ -49,30 +49,40 @@ def collect_run(run: Run, schedule: tuple[str, ...], folder: Path, output: Path)
 
 
 def collect_other(study: Study, other: Other, say: Callable[[str], None] = tqdm.write) -> None:
-    """Measure another program's predictions; what is measured already stays.
+    """Measure another program's predictions; what is measured already stays, unless they are newer.
 
-    All of them count, whatever their scores.
+    All of them count, whatever their scores. A ``run.json`` beside them, with numbers of training
+    and model as :func:`collect_run` writes them, is kept.
 
     Args:
-        say: takes a line about each seed without predictions, which the report goes without.
-
-    Raises:
-        NucleiError: they do not fit the test set.
+        say: takes a line about each seed that the report goes without: there are no predictions,
+            or they do not fit the test set.
     """
     task = study.tasks[other.task]
     cfg = load_config()
     truth = str(annotation_file(task.test[0], cfg))
-    for seed, predictions in enumerate(other.predictions):
+    for seed, predictions in enumerate(map(Path, other.predictions)):
         folder = study.results_dir / task.name / other.name / f"seed{seed}"
-        if (folder / "run.json").is_file():
+        if _is_newer(folder / "run.json", predictions):
             continue
-        if not Path(predictions).exists():
+        if not predictions.exists():
             say(f"{other.name}: nothing in {predictions} yet")
             continue
-        tests = {task.test[0]: (truth, predictions)}
-        measure(None, tests, str(folder), cfg.TEST.DETECTIONS_PER_IMAGE)
-        seconds = None if other.minutes is None else 60 * other.minutes
-        write_json(folder / "run.json", {"training": {"seconds": seconds}})
+        tests = {task.test[0]: (truth, str(predictions))}
+        try:
+            measure(None, tests, str(folder), cfg.TEST.DETECTIONS_PER_IMAGE)
+        except NucleiError as error:
+            say(f"{other.name}: {error}")
+            continue
+        told = predictions.parent / "run.json"
+        write_json(folder / "run.json", read_json(told) if told.is_file() else {})
+
+
+def _is_newer(path: Path, source: Path) -> bool:
+    """Whether a file is there, and made after ``source``, if that is there."""
+    if not path.is_file():
+        return False
+    return not source.exists() or path.stat().st_mtime >= source.stat().st_mtime
 
 
 def training_seconds(rows: list[dict[str, Any]]) -> list[float]:

@@ -1,8 +1,8 @@
 """How much could be won by dividing pixels better that several predictions cover?
 
 A detector's masks may overlap. Its boundary maps, or anything else, may help to say which nucleus
-such a pixel belongs to; nothing can say it better than the ground truth, so what that gains is the
-most that any refinement of overlaps can gain.
+such a pixel belongs to; the ground truth says it best. All predictions are kept: dropping one is
+another matter.
 """
 
 from typing import Any

@@ -119,16 +119,20 @@ def _write_subsets(source: str, by: str, edge: float, names: Sequence[str]) -> N
     for path in paths:
         split = path.stem.rpartition("_")[2]
         targets = [path.with_name(f"{source}_{name}_{split}.json") for name in names]
-        description = f"images of {path.stem} with {by} {{}} {edge}"
-        if not all(_is_current(target, path) for target in targets):
-            _split(path, targets, by, edge, description)
+        told = [f"images of {path.stem} with {by} {sign} {edge}" for sign in ("below", "from")]
+        if not all(_is_current(*pair, path) for pair in zip(targets, told, strict=True)):
+            for target, part, words in zip(targets, _split(path, by, edge), told, strict=True):
+                write_coco_json(target, part, words)
 
 
-def _is_current(path: Path, source: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime >= source.stat().st_mtime
+def _is_current(path: Path, description: str, source: Path) -> bool:
+    if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
+        return False
+    return read_coco_json(path)["info"]["description"] == description
 
 
-def _split(path: Path, targets: Sequence[Path], by: str, edge: float, description: str) -> None:
+def _split(path: Path, by: str, edge: float) -> tuple[list, list]:
+    """The images below the edge, and the others, with their annotations."""
     content = read_coco_json(path)
     annotations: dict[Any, list[dict]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
@@ -144,5 +148,4 @@ def _split(path: Path, targets: Sequence[Path], by: str, edge: float, descriptio
             )
         if np.isfinite(value):
             parts[int(value >= edge)].append({**image, "annotations": own})
-    for target, part, sign in zip(targets, parts, ("below", "from"), strict=True):
-        write_coco_json(target, part, description.format(sign))
+    return parts

@@ -84,9 +84,10 @@ def _errors(estimates: Sequence[Estimate]) -> np.ndarray:
 
 
 def _draw_differences(ax: Axes, findings: Findings) -> None:
-    """Boundary AP of every comparison with its interval; a small dot for each seed."""
+    """Boundary AP of every pair that is compared, with its interval; a small dot for each seed."""
     study = findings.study
-    known = [(c, findings.change(c, "boundary_ap")) for c in study.comparisons.values()]
+    pairs = {(c.first, c.second): c for c in study.comparisons.values()}
+    known = [(c, findings.change(c, "boundary_ap")) for c in pairs.values()]
     known = [(c, change) for c, change in known if change.is_known][::-1]
     for row, (comparison, change) in enumerate(known):
         colour = _look(findings, comparison.second)["color"]

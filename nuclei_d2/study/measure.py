@@ -189,6 +189,7 @@ class Measured(NamedTuple):
     owner: np.ndarray  # (P,) index of the image of every scored prediction, best first
     hits: dict[str, np.ndarray]  # by name of HITS: (10, P) bool; {} without scores
     score_threshold: float
+    validation: float | None  # what chose the threshold: accuracy on VAL; None without scores
     coco: dict[str, Any] | None  # AP in percent
     contested: dict[str, Any] | None  # see nuclei_d2.study.contested
 
@@ -211,6 +212,7 @@ def read_measured(path: Path) -> Measured:
             owner=scored.pop("image", np.zeros(0, int)),
             hits={name: _bits(column) for name, column in scored.items()},
             score_threshold=content["score_threshold"],
+            validation=content["validation"].get(f"{content['score_threshold']:.2f}"),
             coco=content["coco"],
             contested=content["contested"],
         )

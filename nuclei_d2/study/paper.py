@@ -5,15 +5,16 @@ import re
 from pathlib import Path
 from string import Template
 
+from nuclei_d2.evaluation.bootstrap import sample_warning
 from nuclei_d2.study.findings import Findings, touching_share
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
-from nuclei_d2.study.schedule import CALIBRATION_ITERATIONS
 from nuclei_d2.study.statistics import METRICS, difference
 from nuclei_d2.study.tables import markdown, number, seed_range, with_interval
 from nuclei_d2.study.words import answer, change_line, cost_sentence, listed, verdict
 
-_FOLLOWING = ("accuracy", "ap", "merges", "splits")  # metrics told after the answer
+# Metrics told after the answer.
+_FOLLOWING = ("boundary_ap", "accuracy", "ap", "merges", "splits")
 _METRICS_PAGE = Path("docs/metrics.md")
 
 
@@ -48,8 +49,9 @@ def render_paper(findings: Findings, study_file: str, page: Path, tables: Path) 
         training=_training(findings),
         metrics=_link(page, _METRICS_PAGE),
         hardware=_hardware(findings),
-        seeds=_count(len(task.seeds or study.seeds), "training").capitalize(),
+        seeds=_count(len(task.seeds or study.seeds), "training"),
         equal_time=_equal_time(findings),
+        others=_others(findings),
         rebuild=_rebuild(findings),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -93,17 +95,20 @@ def _test_images(findings: Findings) -> str:
     if measured is None:
         return ""
     nuclei = sum(image.n_gt for image in measured.images)
+    few = sample_warning(len(measured.images))
     return (
         f"Tested on {task.title or task.name}: {_count(len(measured.images), 'image')} that no "
         f"model was trained on, with {nuclei:,} nuclei, "
         f"{number(100 * touching_share(measured), 0)} % of which touch another one."
+        f"{f' **Mind: {few}.**' if few else ''}"
     )
 
 
 def _following(findings: Findings) -> str:
     """The other numbers of the first comparison."""
     comparison = next(iter(findings.study.comparisons.values()))
-    lines = [change_line(findings, comparison, metric) for metric in _FOLLOWING]
+    others = (metric for metric in _FOLLOWING if metric != comparison.metric)
+    lines = [change_line(findings, comparison, metric) for metric in others]
     told = [f"- {line}" for line in lines if line]
     if not told:
         return ""
@@ -112,7 +117,7 @@ def _following(findings: Findings) -> str:
 
 
 def _overlaps(findings: Findings, model: str) -> str:
-    """The most that a refinement of overlaps could gain."""
+    """What dividing contested pixels rightly would gain."""
     task, metric = findings.main, METRICS["accuracy"]
     contested = findings.contested(task, model)
     if contested is None:
@@ -122,9 +127,9 @@ def _overlaps(findings: Findings, model: str) -> str:
     return (
         f"**Could overlaps be divided better?** Of the pixels in what "
         f"{findings.study.model_title(model)} finds, {number(100 * pixels)} % lie in more than one "
-        f"prediction. If each went to the nucleus that it belongs to, {metric.title} would be "
-        f"{number(divided, 3)} instead of {number(now, 3)}: no refinement of overlaps, by boundary "
-        "maps or otherwise, can gain more here."
+        "prediction. If the ground truth gave each to a prediction of its nucleus, all predictions "
+        f"kept, {metric.title} would be {number(divided, 3)} instead of {number(now, 3)}: so much "
+        "could boundary maps gain by dividing pixels."
     )
 
 
@@ -141,12 +146,15 @@ def _best(findings: Findings) -> str:
     lead = difference(*samples, metric.compute)
     phrase = {
         "better": "the interval and every seed confirm it",
+        "one image": "one image, no claim",
         "one seed": "one seed, no claim",
-    }.get(verdict(lead), "which may be chance")
+        "worse": "the tests reverse the order",
+    }.get(verdict(lead), "the difference may be chance")
     title, other = map(findings.study.model_title, (best, second))
     return (
-        f"**Which is best?** {title}, with {with_interval(found, 3)} in {metric.title}. "
-        f"The next one, {other}, is {with_interval(lead, 3)} behind: {phrase}."
+        f"**Which is best?** On the validation images {title}, which on the test images has "
+        f"{with_interval(found, 3)} in {metric.title}: {with_interval(lead, 3, sign=True)} more "
+        f"than the next one in validation, {other}; {phrase}."
     )
 
 
@@ -248,15 +256,31 @@ def _training(findings: Findings) -> str:
     text = f"From scratch, {_count(len(task.seeds or study.seeds), 'seed')}."
     if study.budget is not None:
         text += (
-            f" Every model was given {study.budget:g} minutes, validation apart: its schedule "
-            f"was stretched by the time that {CALIBRATION_ITERATIONS} steps took before its first "
-            "seed."
+            f" Every model was given a budget of {study.budget:g} minutes, validation apart: its "
+            "schedule was stretched by the time of its first steps, measured before its first seed."
         )
-    minutes = [findings.training_minutes(task, model) for model in findings.models(task)]
-    known = [value for value in minutes if value]
-    if known:
-        text += f" The trainings took {number(min(known))} to {number(max(known))} minutes."
+    minutes = {model: findings.training_minutes(task, model) for model in findings.models(task)}
+    told = [
+        f"{number(value)} ({study.model_title(model)})" for model, value in minutes.items() if value
+    ]
+    if told:
+        text += (
+            f" Later steps, and other work on the machine, made it {listed(told)} minutes: times "
+            "are medians of 20 steps, summed."
+        )
     return text
+
+
+def _others(findings: Findings) -> str:
+    """In what other programs differ from our models."""
+    others, measured = findings.study.others, findings.models(findings.main)
+    titles = [other.title or name for name, other in others.items() if name in measured]
+    if not titles:
+        return ""
+    return (
+        f"{listed(titles)} came as predictions: by a recipe, thresholds and a choice of weights of "
+        "its own."
+    )
 
 
 def _hardware(findings: Findings) -> str:

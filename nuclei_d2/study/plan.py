@@ -50,7 +50,6 @@ class Other:
     task: str
     predictions: tuple[str, ...]  # one for each seed: anything that tools/evaluate.py takes
     title: str = ""
-    minutes: float | None = None  # of training, as told
 
 
 @dataclass(frozen=True)
@@ -276,8 +275,8 @@ def _named(path, part: str, entries: Any, kind: type, required: Sequence[str]) -
 
 
 def _shapes(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists as tuples, and a single name for a list of one."""
-    shapes = {}
+    """Lists as tuples, a single name for a list of one, and an empty mapping for nothing."""
+    shapes = {"options": {}} if content.get("options", {}) is None else {}
     for key in ("train", "test", "models", "seeds", "predictions", "prepare"):
         if key in content and not isinstance(content[key], dict):
             value = content[key]
@@ -303,7 +302,8 @@ def _check_names(path, study: Study) -> None:
         for name in names:
             if name not in known:
                 raise NucleiError(f"{path}: {place}: no {name!r}; there are {', '.join(known)}")
-    if study.budget is not None and not study.budget > 0:
+    budget = study.budget
+    if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
         raise NucleiError(f"{path}: budget is {study.budget}; it is minutes, above 0")
     seeds = [seed for part in (study, *study.tasks.values()) for seed in part.seeds]
     if not study.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):

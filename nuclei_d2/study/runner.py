@@ -270,15 +270,25 @@ class Runner:
 
     def _schedule(self, run: Run, lock: int) -> tuple[str, ...]:
         path = self._calibration(run)
-        with self._calibrating[path]:
+        folder = self.study.output_dir / run.task.name / run.model.name / "calibration"
+        with self._calibrating[path], _locked(folder, run.key, wait=True):
             schedule = self._known_schedule(run)
             if schedule is None:
-                self._calibrate(run, path, lock)
+                self._calibrate(run, path, folder, lock)
                 schedule = self._known_schedule(run)
+        if path.is_file():
+            self._check_threads(path)
         return schedule
 
-    def _calibrate(self, run: Run, path: Path, lock: int) -> None:
-        folder = self.study.output_dir / run.task.name / run.model.name / "calibration"
+    def _check_threads(self, path: Path) -> None:
+        then, now = read_json(path)["threads"], int(self._environment["OMP_NUM_THREADS"])
+        if then != now:
+            raise NucleiError(
+                f"{path}: measured with {then} threads a run, now there are {now}; call with as "
+                "many --jobs and cores as then, or use other --output and --results"
+            )
+
+    def _calibrate(self, run: Run, path: Path, folder: Path, lock: int) -> None:
         (folder / "metrics.json").unlink(missing_ok=True)
         options = [*run.options, *calibration_options(run.seed), "OUTPUT_DIR", str(folder)]
         words = [*self._commands.train, "--config-file", run.model.config, *options]
@@ -321,12 +331,16 @@ def _check_settings(path: Path, run: Run, schedule: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, name: str) -> Iterator[int]:
-    """Let nobody else work in ``folder``; gives the file descriptor that holds the lock."""
+def _locked(folder: Path, name: str, wait: bool = False) -> Iterator[int]:
+    """Let nobody else work in ``folder``; gives the file descriptor that holds the lock.
+
+    Raises:
+        NucleiError: somebody works there, and ``wait`` is not set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise NucleiError(
                 f"{name} is being done by another process; wait for it, or stop it"

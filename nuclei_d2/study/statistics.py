@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nuclei_d2.evaluation.bootstrap import LEVEL, bootstrap_weights
+from nuclei_d2.evaluation.bootstrap import SEED, bootstrap_weights, percentile_interval
 from nuclei_d2.evaluation.boundary_ap import RECALLS
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
-from nuclei_d2.evaluation.scores import HEADLINE, Path, ScoreTable
+from nuclei_d2.evaluation.scores import ERRORS, HEADLINE, Path, ScoreTable
 from nuclei_d2.study.measure import Measured
 
 # Share of an image's nuclei that touch another one: few, some, many.
@@ -135,9 +135,9 @@ def _accuracy(scores: Scores) -> np.ndarray:
     return np.mean(values, axis=0)
 
 
-def _per_100(name: str, scores: Scores) -> np.ndarray:
+def _per_100(names: Sequence[str], scores: Scores) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return 100 * scores.at(("errors", name)) / scores.nuclei
+        return 100 * sum(scores.at(("errors", name)) for name in names) / scores.nuclei
 
 
 def _label(path: Path, scores: Scores) -> np.ndarray:
@@ -162,10 +162,12 @@ METRICS: dict[str, Metric] = {
         )
         for t in (50, 75, 90)
     },
-    "merges": Metric("merges", "per 100 nuclei", partial(_per_100, "merges"), False),
-    "splits": Metric("splits", "per 100 nuclei", partial(_per_100, "splits"), False),
-    "missed": Metric("missed", "per 100 nuclei", partial(_per_100, "missed"), False),
-    "spurious": Metric("spurious", "per 100 nuclei", partial(_per_100, "spurious"), False),
+    **{
+        "_and_".join(names): Metric(
+            " and ".join(names), "per 100 nuclei", partial(_per_100, names), False
+        )
+        for names in (("merges", "splits"), *((name,) for name in ERRORS))
+    },
     **{
         "_".join(path): Metric(
             " ".join(path),
@@ -183,7 +185,7 @@ METRICS: dict[str, Metric] = {
 
 
 class Estimate(NamedTuple):
-    """A number, its interval over images, and what each seed says."""
+    """A number, its interval over images and trainings, and what each seed says."""
 
     value: float  # mean over seeds
     low: float
@@ -219,26 +221,36 @@ class Sample:
 
 def estimate(sample: Sample, compute: Callable[[Scores], np.ndarray]) -> Estimate:
     """A metric (W,) of one model."""
-    return _summary(sample.values(compute))
+    values = sample.values(compute)
+    return _summary(_over_seeds(values, 0), values[:, 0])
 
 
 def difference(first: Sample, second: Sample, compute: Callable[[Scores], np.ndarray]) -> Estimate:
     """``first - second`` on the same images; ``seeds`` are the differences of equal seeds."""
-    a, b = first.values(compute), second.values(compute)
-    summary = _summary(a.mean(axis=0, keepdims=True) - b.mean(axis=0, keepdims=True))
+    means = [_over_seeds(sample.values(compute), k) for k, sample in enumerate((first, second))]
     common = [seed for seed in first.scores if seed in second.scores]
     pairs = (first.scores[seed] for seed in common), (second.scores[seed] for seed in common)
-    seeds = tuple(float(compute(x)[0] - compute(y)[0]) for x, y in zip(*pairs, strict=True))
-    return summary._replace(seeds=seeds)
+    seeds = [compute(x)[0] - compute(y)[0] for x, y in zip(*pairs, strict=True)]
+    return _summary(means[0] - means[1], np.array(seeds))
 
 
-def _summary(values: np.ndarray) -> Estimate:
-    """Of (seeds, 1 + B)."""
-    mean = values.mean(axis=0)
-    drawn = mean[1:][np.isfinite(mean[1:])]
-    ends = (50 * (1 - LEVEL), 50 * (1 + LEVEL))
-    low, high = np.percentile(drawn, ends) if drawn.size else (np.nan, np.nan)
-    return Estimate(float(mean[0]), float(low), float(high), tuple(values[:, 0].tolist()))
+def _over_seeds(values: np.ndarray, stream: int) -> np.ndarray:
+    """(1 + B,) means of (seeds, 1 + B): of all seeds, then of as many drawn with replacement.
+
+    Args:
+        stream: models with different ones are drawn independently.
+    """
+    n_seeds, n_draws = values.shape[0], values.shape[1] - 1
+    rng = np.random.default_rng((SEED, stream))
+    counts = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)
+    drawn = (counts.T * values[:, 1:]).sum(axis=0) / n_seeds
+    return np.concatenate([values[:, :1].mean(axis=0), drawn])
+
+
+def _summary(mean: np.ndarray, seeds: np.ndarray) -> Estimate:
+    """Of (1 + B,) means over seeds, and (seeds,) numbers."""
+    low, high = percentile_interval(mean[1:])
+    return Estimate(float(mean[0]), low, high, tuple(seeds.tolist()))
 
 
 def touching_bins(measured: Measured) -> list[np.ndarray]:

@@ -28,13 +28,13 @@ def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
 
 
 def with_interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
-    """``62.3 [60.1, 64.0]``."""
+    """``62.3 [60.1, 64.0]``; the number alone where there is no interval."""
     if not estimate.is_known:
         return ""
     value, low, high = (
         number(v, digits, sign) for v in (estimate.value, estimate.low, estimate.high)
     )
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if low else value
 
 
 def seed_range(estimate: Estimate, digits: int, sign: bool = False) -> str:

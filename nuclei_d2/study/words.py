@@ -1,5 +1,7 @@
 """Sentences that choose their words from the numbers."""
 
+import numpy as np
+
 from nuclei_d2.study.findings import Findings
 from nuclei_d2.study.plan import Comparison
 from nuclei_d2.study.statistics import METRICS, Estimate, Metric
@@ -8,6 +10,7 @@ from nuclei_d2.study.tables import number, seed_range, with_interval
 # Verdict on a difference -> how the answer begins, and why.
 _OPENINGS = {
     "unknown": "Not measured yet.",
+    "one image": "One image: no claim.",
     "one seed": "One seed: no claim.",
     "better": "Yes, here.",
     "worse": "No, the reverse.",
@@ -16,6 +19,7 @@ _OPENINGS = {
 }
 _REASONS = {
     "unknown": "",
+    "one image": "One image cannot tell what others would.",
     "one seed": "One training of each cannot tell a method from luck.",
     "better": "The interval excludes zero, and every seed agrees.",
     "worse": "The interval excludes zero, and every seed agrees.",
@@ -24,6 +28,7 @@ _REASONS = {
 }
 _PHRASES = {
     "unknown": "not measured",
+    "one image": "one image, no claim",
     "one seed": "one seed, no claim",
     "better": "better",
     "worse": "worse",
@@ -33,12 +38,14 @@ _PHRASES = {
 
 
 def verdict(change: Estimate, higher_is_better: bool = True) -> str:
-    """ "unknown", "one seed", "better", "worse", "unsure" or "none".
+    """ "unknown", "one image", "one seed", "better", "worse", "unsure" or "none".
 
-    A claim needs an interval over images that excludes zero, and seeds that agree with it.
+    A claim needs an interval that excludes zero, and seeds that agree with it.
     """
     if not change.is_known:
         return "unknown"
+    if not np.isfinite(change.low):
+        return "one image"
     if len(change.seeds) < 2:
         return "one seed"
     if change.sign == 0:
@@ -76,11 +83,12 @@ def _numbers(findings: Findings, comparison: Comparison, change: Estimate) -> st
     )
     n = digits(kind)
     seeds = seed_range(change, n, sign=True)
+    ends = [number(end, n, sign=True) for end in (change.low, change.high)]
+    interval = f", 95 % interval {' to '.join(ends)}" if all(ends) else ""
     title, other = map(findings.study.model_title, (comparison.first, comparison.second))
     return (
         f"In {kind.title}, {title} reaches {number(first, n)} and {other} {number(second, n)}: "
-        f"{number(change.value, n, sign=True)}{unit(kind)}, 95 % interval "
-        f"{number(change.low, n, sign=True)} to {number(change.high, n, sign=True)}"
+        f"{number(change.value, n, sign=True)}{unit(kind)}{interval}"
         f"{f', seeds {seeds}' if seeds else ''}."
     )
 
@@ -109,7 +117,8 @@ def cost_sentence(findings: Findings, comparison: Comparison) -> str:
     for name, cost in known.items():
         first, second = cost(comparison.first), cost(comparison.second)
         if first and second:
-            ratios.append(f"{first / second:.2f} times {name}")
+            n = 1 if "time" in name else 2  # what was timed varies by some percent
+            ratios.append(f"{first / second:.{n}f} times {name}")
     if not ratios:
         return ""
     title, other = map(findings.study.model_title, (comparison.first, comparison.second))

@@ -116,14 +116,19 @@ def fabricate(tmp_path) -> Callable[..., None]:
     ``errors``: how many pixels each model is off, by name; one that is not there was not run.
     """
 
-    def write(study: Study, errors: dict[str, float], seeds: Sequence[int] | None = None) -> None:
+    def write(
+        study: Study,
+        errors: dict[str, float],
+        seeds: Sequence[int] | None = None,
+        images: int = 6,
+    ) -> None:
         for run in study.runs():
             if run.model.name not in errors or (seeds is not None and run.seed not in seeds):
                 continue
             folder = study.results_dir / run.key
             error = errors[run.model.name] * (1 + 0.02 * run.seed)
-            files = write_pair(tmp_path / "pair", error, run.seed)
-            measure(None, dict.fromkeys(run.task.test, files), str(folder), 100)
+            files = write_pair(tmp_path / "pair", error, run.seed, images)
+            measure(files, dict.fromkeys(run.task.test, files), str(folder), 100)
             write_json(folder / "run.json", _run_info(run, error))
 
     return write

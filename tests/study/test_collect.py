@@ -1,5 +1,7 @@
 """Times and curves of a training, and the predictions of other programs."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,13 +38,14 @@ def test_the_curve_has_what_val_said():
 
 
 def test_predictions_of_another_program_are_measured_once(study_file, tiny_data, tmp_path):
-    folder = tmp_path / "theirs"
-    folder.mkdir()
+    folder = tmp_path / "theirs" / "labels"
+    folder.mkdir(parents=True)
+    (tmp_path / "theirs" / "run.json").write_text('{"training": {"seconds": 1800}}')
     truth = read_coco_json(tiny_data / "tiny" / "annotations" / "tiny_test.json")
     for image in truth["images"]:
         labels = Image.open(tiny_data / "tiny" / image["label_file_name"])
         labels.save(folder / image["file_name"].rpartition("/")[2])
-    other = {"task": "a", "predictions": str(folder), "title": "StarDist", "minutes": 30}
+    other = {"task": "a", "predictions": str(folder), "title": "StarDist"}
     study = load_study(study_file(others={"stardist": other}))
     collect_other(study, study.others["stardist"])
     (run,) = load_results(study)
@@ -53,8 +56,17 @@ def test_predictions_of_another_program_are_measured_once(study_file, tiny_data,
     assert np.isnan(findings.estimate(findings.main, "tiny_test", "stardist", "ap").value)
     assert findings.training_minutes(findings.main, "stardist") == 30
     assert run.cost("model", "parameters") is None
+    (kept,) = study.results_dir.glob("*/stardist/seed0/run.json")
+    before = kept.stat().st_mtime_ns
+    collect_other(study, study.others["stardist"])
+    assert kept.stat().st_mtime_ns == before  # done already
+
     next(folder.iterdir()).unlink()
-    collect_other(study, study.others["stardist"])  # done already
+    os.utime(folder, (kept.stat().st_mtime + 10,) * 2)
+    said = []
+    collect_other(study, study.others["stardist"], said.append)  # made anew, not yet completely
+    assert "stardist: " in said[0]
+    assert len(said) == 1
 
 
 def test_predictions_that_are_not_there_yet_are_left_out(study_file, tiny_data):

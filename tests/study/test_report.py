@@ -1,6 +1,7 @@
 """Papers, tables, figures and blocks from fabricated results: bytes, words, empty cells."""
 
 import csv
+import json
 from functools import partial
 
 import pytest
@@ -104,6 +105,7 @@ def test_one_seed_is_no_claim(make_study, fabricate):
         (0.1, 0.5, (0.7, -0.1), "unsure"),
         (-0.1, 0.5, (0.2, 0.4), "none"),
         (0.1, 0.5, (0.3,), "one seed"),
+        (float("nan"), float("nan"), (0.3, 0.2), "one image"),
     ],
 )
 def test_verdicts(low, high, seeds, expected):
@@ -111,6 +113,43 @@ def test_verdicts(low, high, seeds, expected):
     assert verdict(change) == expected
     mirrored = {"better": "worse", "worse": "better"}.get(expected, expected)
     assert verdict(change, higher_is_better=False) == mirrored
+
+
+def test_one_test_image_is_no_claim(make_study, fabricate):
+    study = make_study()
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2}, images=1)
+    page = page_of(study)
+    assert "**One image: no claim.**" in page
+    assert "**Mind: only one image" in page
+    assert "interval  to" not in page
+    assert "[, ]" not in page
+
+
+def test_every_pair_is_drawn_once_and_every_question_asked(make_study, fabricate):
+    asked = {
+        "separation": {**BOUNDARIES, "metric": "merges_and_splits"},
+        "outlines": {**BOUNDARIES, "ask": "Better outlines?"},
+    }
+    study = make_study(comparisons=asked)
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2})
+    page = page_of(study)
+    assert "In merges and splits, mask_rcnn reaches" in page
+    assert "**Better outlines?** **Yes, here.** In boundary AP" in page
+    assert "- boundary AP (mean of 1, 2 and 3 px): +" in page
+    figure = (study.report_file.parent / "study" / "answer.svg").read_text()
+    assert figure.count("<!-- U-Net -->") == 2  # a row on the left, and the legend
+
+
+def test_the_best_model_is_chosen_on_validation_images(make_study, fabricate):
+    study = make_study()
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2})
+    (path,) = study.results_dir.glob("a/unet/seed0/tiny_test.json")
+    content = json.loads(path.read_text())
+    threshold = f"{content['score_threshold']:.2f}"
+    path.write_text(json.dumps({**content, "validation": {threshold: 5.0}}))
+    findings = Findings(study, load_results(study))
+    assert findings.best(findings.main, ["mask_rcnn", "unet"]) == "unet"
+    assert findings.best(findings.main, []) is None
 
 
 def test_numbers_in_the_page_are_those_of_the_table(make_study, fabricate):

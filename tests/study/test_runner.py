@@ -113,6 +113,18 @@ def test_a_budget_is_calibrated_once_for_each_model(make_runner, calls):
         other.run_all(runs)
 
 
+def test_a_calibration_holds_for_its_number_of_threads(make_runner):
+    runner = make_runner(budget=5)
+    run = runner.study.runs()[1]
+    assert runner.run_all([run]) == []
+    (path,) = runner.study.results_dir.glob("a/unet/calibration.json")
+    path.write_text(json.dumps({**read(path), "threads": 7}))
+    (runner.results_folder(run) / "run.json").unlink()
+    said = []
+    assert runner.run_all([run], said.append) == [run]
+    assert "measured with 7 threads" in said[0]
+
+
 def test_several_at_a_time_share_the_cores(make_runner, calls):
     runner = make_runner(jobs=2, budget=5)
     assert runner.run_all(runner.study.runs()) == []

@@ -43,6 +43,7 @@ def measured(found, nuclei=(4, 2, 4), touching=(0, 1, 4), hits=True) -> Measured
         owner=np.repeat(np.arange(3), found),
         hits=dict.fromkeys(("mask", "2%", "1px", "2px", "3px"), rows) if hits else {},
         score_threshold=0.5,
+        validation=None,
         coco=None,
         contested=None,
     )
@@ -92,6 +93,27 @@ def test_an_estimate_is_the_mean_over_seeds_and_keeps_each():
     # The worst draw has image b only, half of whose seeds find nothing.
     assert 0.5 <= found.low < found.value < found.high <= 1.0
     assert found.is_known
+
+
+def test_an_interval_is_that_of_other_trainings_too():
+    sample = Sample.of({0: measured((4, 2, 4)), 1: measured((2, 1, 2))})  # alike in all images
+    found = estimate(sample, METRICS["accuracy"].compute)
+    assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.75, 1.0))
+    change = difference(sample, sample, METRICS["accuracy"].compute)
+    assert change.value == 0
+    assert change.low < 0 < change.high  # two models that are alike in every seed are no one
+
+
+def test_merges_and_splits_are_added():
+    merged = layers(np.where(np.arange(9) % 8, [[1] * 9] * 3, 0))  # one that covers two nuclei
+    gt = np.zeros((3, 9), int)
+    gt[:, 1:4], gt[:, 5:8] = 1, 2
+    image = score_image(layers(gt), merged)
+    part = measured((4,), nuclei=(4,), touching=(0,), hits=False)._replace(images=[image])
+    scores = Scores(part, np.ones((1, 1), int))
+    assert METRICS["merges"].compute(scores)[0] == pytest.approx(50)
+    assert METRICS["splits"].compute(scores)[0] == 0
+    assert METRICS["merges_and_splits"].compute(scores)[0] == pytest.approx(50)
 
 
 def test_a_difference_is_paired_by_image_and_seed():

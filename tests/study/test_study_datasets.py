@@ -61,12 +61,22 @@ def test_a_renewed_source_renews_its_subsets(tiny_data):
     prepare_datasets([entry])
     folder = tiny_data / "tiny" / "annotations"
     target = folder / "tiny_low_test.json"
-    target.write_text(json.dumps({}))
+    content = json.loads(target.read_text())
+    target.write_text(json.dumps({**content, "images": [], "annotations": []}))
     prepare_datasets([entry])
-    assert target.read_text() == "{}"  # newer than its source
+    assert not read_coco_json(target)["images"]  # newer than its source
     (folder / "tiny_test.json").touch()
     prepare_datasets([entry])
     assert read_coco_json(target)["images"]
+
+
+def test_another_edge_renews_the_subsets(tiny_data):
+    entry = {"subsets_of": "tiny", "by": "diameter", "edge": 100.0, "names": ["low", "high"]}
+    prepare_datasets([entry])
+    low = tiny_data / "tiny" / "annotations" / "tiny_low_test.json"
+    assert len(read_coco_json(low)["images"]) == 2
+    prepare_datasets([{**entry, "edge": 1.0}])
+    assert not read_coco_json(low)["images"]
 
 
 @pytest.mark.parametrize(
