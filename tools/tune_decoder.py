@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raise NucleiError, before the work, unless both files can be written and are not the config."""
+    """Raise NucleiError, before the work, for a file that cannot be written or is the config."""
     for option, path in (("--output", args.output), ("--json", args.json)):
         if not path:
             continue
