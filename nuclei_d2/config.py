@@ -213,6 +213,24 @@ _CHOICES = {
     "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
 }
 
+# Detectron2's keys that nothing reads here, and what does their work. A value other than
+# Detectron2's default would be ignored in silence.
+_SIZE_REMEDY = "images are scaled by INPUT.SCALE, and in training by INPUT.SCALE_JITTER as well"
+_PROPOSALS_REMEDY = "proposals are the model's own (MODEL.PROPOSAL_GENERATOR)"
+_UNUSED = {
+    "INPUT.MIN_SIZE_TRAIN": _SIZE_REMEDY,
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": _SIZE_REMEDY,
+    "INPUT.MAX_SIZE_TRAIN": _SIZE_REMEDY,
+    "INPUT.MIN_SIZE_TEST": _SIZE_REMEDY,
+    "INPUT.MAX_SIZE_TEST": _SIZE_REMEDY,
+    "MODEL.LOAD_PROPOSALS": _PROPOSALS_REMEDY,
+    "DATASETS.PROPOSAL_FILES_TRAIN": _PROPOSALS_REMEDY,
+    "DATASETS.PROPOSAL_FILES_TEST": _PROPOSALS_REMEDY,
+    "MODEL.KEYPOINT_ON": "nuclei have no keypoints",
+    "TEST.AUG.ENABLED": "tools/predict.py --tta predicts with augmentation",
+    "TEST.PRECISE_BN.ENABLED": "MODEL.RESNETS.NORM GN needs no batch statistics",
+}
+
 # Names that must be registered, by our package, Detectron2 or the user's own code.
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
@@ -262,13 +280,19 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         raise NucleiError(f"no config file {config_file}")
     try:
         values = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
-    except FileNotFoundError as error:
-        raise NucleiError(f"{config_file}: its _BASE_ {error.filename} does not exist") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise NucleiError(f"{config_file}: no file {error.filename}, its _BASE_") from error
+    except RecursionError as error:
+        raise NucleiError(f"{config_file}: its _BASE_ leads back to itself") from error
+    except (yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise NucleiError(f"{config_file}: not a plain YAML config: {reason}") from error
+    except (TypeError, AttributeError):  # an empty file, or a list, as a config or as its _BASE_
+        values = None
     if not isinstance(values, dict):
-        raise NucleiError(f"{config_file}: a config is a YAML mapping of keys to values")
+        raise NucleiError(
+            f"{config_file}: a config, and its _BASE_, is a YAML mapping of keys to values"
+        )
     values.pop("VERSION", None)
     _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(values)), config_file)
 
@@ -300,6 +324,7 @@ def _unknown_key(cfg: CfgNode, key: str) -> str:
 
 def check_config(cfg: CfgNode) -> None:
     """Raise :class:`NucleiError` for a value that cannot be, saying which ones can."""
+    _check_unused(cfg)
     for key, choices in _CHOICES.items():
         check_choice(key, _value(cfg, key), choices)
     for key, registry in _REGISTRIES.items():
@@ -309,6 +334,11 @@ def check_config(cfg: CfgNode) -> None:
             raise NucleiError(
                 f"DATASETS.CUSTOM: an entry is [name, annotation JSON, image folder], got {entry}"
             )
+    if cfg.INPUT.SCALE <= 0:
+        raise NucleiError(f"INPUT.SCALE is {cfg.INPUT.SCALE}; it is a factor above 0")
+    crop = list(cfg.INPUT.CROP.SIZE)
+    if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
+        raise NucleiError(f"INPUT.CROP.SIZE is {crop}; give [height, width] in whole pixels")
     cap = cfg.TEST.DETECTIONS_PER_IMAGE
     if cap < 1:
         raise NucleiError(f"TEST.DETECTIONS_PER_IMAGE is {cap}; it counts instances, from 1")
@@ -316,6 +346,16 @@ def check_config(cfg: CfgNode) -> None:
         if len(ends) and not _is_range(ends):
             raise NucleiError(
                 f"INPUT.TRAINING_RANGES.{name} is {list(ends)}; give [lowest, highest], or []"
+            )
+
+
+def _check_unused(cfg: CfgNode) -> None:
+    defaults = get_cfg()
+    for key, remedy in _UNUSED.items():
+        if _value(cfg, key) != _value(defaults, key):
+            raise NucleiError(
+                f"{key} is {_value(cfg, key)!r}, but nuclei_d2 does not use it: {remedy}; "
+                f"leave it at {_value(defaults, key)!r}"
             )
 
 

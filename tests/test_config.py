@@ -48,12 +48,36 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         (["INPUT.TRAINING_RANGES.FOCUS", "[0.5]"], r"FOCUS is \[0\.5\]; .*\[lowest, highest\]"),
         (["INPUT.TRAINING_RANGES.NOISE", "[0.5, 0.1]"], r"lowest, highest"),
         (["INPUT.TRAINING_RANGES.NOISE", "['a', 'b']"], r"lowest, highest"),
+        (["INPUT.SCALE", "0"], r"INPUT\.SCALE is 0\.0; .* above 0"),
+        (["INPUT.SCALE", "-2"], r"INPUT\.SCALE is -2\.0"),
+        (["INPUT.CROP.SIZE", "[256]"], r"INPUT\.CROP\.SIZE is \[256\]; .*\[height, width\]"),
+        (["INPUT.CROP.SIZE", "[0, 256]"], r"INPUT\.CROP\.SIZE is \[0, 256\]"),
         (["DATASETS.CUSTOM", "[['a', 'b']]"], r"\[name, annotation JSON, image folder\]"),
     ],
 )
 def test_wrong_values_say_what_is_valid(opts, expected):
     with pytest.raises(NucleiError, match=expected):
         load_config("", opts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("INPUT.MIN_SIZE_TRAIN", "(640, 800)", "INPUT.SCALE"),
+        ("INPUT.MAX_SIZE_TEST", "2000", "INPUT.SCALE"),
+        ("TEST.AUG.ENABLED", "True", "predict.py --tta"),
+        ("TEST.PRECISE_BN.ENABLED", "True", "MODEL.RESNETS.NORM GN"),
+        ("MODEL.LOAD_PROPOSALS", "True", "MODEL.PROPOSAL_GENERATOR"),
+    ],
+)
+def test_a_key_of_detectron2_that_would_do_nothing_names_what_does(key, value, instead):
+    with pytest.raises(NucleiError, match=rf"{key} is .* does not use it: .*{instead}"):
+        load_config("", [key, value])
+
+
+def test_a_dumped_config_is_a_config(tmp_path):
+    cfg = load_config()
+    assert load_config(write(tmp_path / "config.yaml", cfg.dump())).INPUT == cfg.INPUT
 
 
 def test_a_whole_number_is_a_float_where_one_is_asked_for():
@@ -69,12 +93,28 @@ def test_a_config_cannot_run_code(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "_BASE_: missing.yaml\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "a: [1", "- 1\n- 2\n", "PK\x03\x04", "_BASE_: 3\n"),
+        *("_BASE_: missing.yaml\n", "_BASE_: broken.yaml\n", "_BASE_: [.]\n"),
+        *("_BASE_: scale.yaml\nINPUT: {SCALE: {X: 1}}\n", "_BASE_: empty.yaml\n"),
+    ],
+)
 def test_broken_files_are_one_line_with_the_name(tmp_path, text):
+    write(tmp_path / "scale.yaml", "INPUT: {SCALE: 2.0}\n")
+    write(tmp_path / "empty.yaml", "")
     path = write(tmp_path / "broken.yaml", text)
     with pytest.raises(NucleiError, match=r"broken\.yaml") as error:
         load_config(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_no_config(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"PK\x03\x04\x00\x80\xff")
+    with pytest.raises(NucleiError, match=r"model\.pth: not a plain YAML config"):
+        load_config(str(path))
 
 
 def test_missing_file_is_named():
