@@ -142,7 +142,7 @@ def _is_pickle(name: str) -> bool:
     return name.endswith(".pkl")
 
 
-def read_weights(path: str) -> Mapping[str, Any]:
+def read_weights(path: str) -> Mapping[str, torch.Tensor]:
     """The model's state dict in the ``.pth`` file ``path``, memory-mapped, without running code.
 
     Raises:
@@ -150,12 +150,18 @@ def read_weights(path: str) -> Mapping[str, Any]:
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights = data.get("model", data)
-        if not isinstance(weights, Mapping):
-            raise ValueError("no state dict in it")
-    except (*_LOAD_ERRORS, AttributeError) as error:
+    except _LOAD_ERRORS as error:
         raise NucleiError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
+    weights = data.get("model", data) if isinstance(data, Mapping) else data
+    if not _is_state_dict(weights):
+        raise NucleiError(
+            f'cannot read the checkpoint {path}: it is no state dict, nor has it one under "model"'
+        )
     return weights
+
+
+def _is_state_dict(weights: Any) -> bool:
+    return isinstance(weights, Mapping) and all(map(torch.is_tensor, weights.values()))
 
 
 def _save_or_os_error(data: dict[str, Any], path: Path) -> None:

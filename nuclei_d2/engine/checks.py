@@ -1,4 +1,4 @@
-"""What spoils a study without stopping it: found before a run, not in its results."""
+"""What stops a run or spoils its numbers: found before it starts, not in its results."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,12 +9,65 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 
+from nuclei_d2.config import check_choice
 from nuclei_d2.data.image_io import read_label
+from nuclei_d2.data.targets import CLASS_NAMES
+from nuclei_d2.evaluation.boundary_ap import boundary_ap
+from nuclei_d2.evaluation.coco_evaluation import coco_ap, dataset_to_coco
+from nuclei_d2.evaluation.scores import HEADLINE
+from nuclei_d2.evaluation.sem_seg_evaluation import sem_seg_scores
+from nuclei_d2.utils.errors import NucleiError
 
 # A detector needs several proposals for every nucleus. On full images of DSB 2018, caps of two per
 # nucleus lost 1 to 3 % of the sure detections (score > 0.5) of a Mask R-CNN, caps of one 5 to 12 %.
 _PROPOSALS_PER_NUCLEUS = 2
 _RPN_CAPS = ("PRE_NMS_TOPK_TEST", "POST_NMS_TOPK_TEST")
+
+
+def check_run(cfg: CfgNode, eval_only: bool) -> None:
+    """Look at what a training, or an evaluation, needs beyond a config that can be loaded.
+
+    Raises:
+        NucleiError: no data set; no masks; not three channels; a metric that is not measured.
+    """
+    sets = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[sets]:
+        raise NucleiError(f"DATASETS.{sets} is empty: name a data set")
+    if not cfg.MODEL.MASK_ON:
+        raise NucleiError("MODEL.MASK_ON is False, but masks are what is evaluated: leave it True")
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != 3:
+            raise NucleiError(
+                f"MODEL.{key} is {list(cfg.MODEL[key])}; images have three channels, grey ones "
+                "three equal ones: give three numbers"
+            )
+    if cfg.DATASETS.VAL and cfg.TEST.EVAL_PERIOD > 0 and not eval_only:
+        check_choice("TEST.BEST_METRIC", cfg.TEST.BEST_METRIC, best_metrics(cfg))
+
+
+def best_metrics(cfg: CfgNode) -> list[str]:
+    """Names of all that the evaluators of ``DATASETS.VAL`` measure: "segm/AP", ..., or, of several
+    sets, "<name>/segm/AP", ...
+    """
+    several = len(cfg.DATASETS.VAL) > 1
+    return [
+        f"{name}/{metric}" if several else metric
+        for name in cfg.DATASETS.VAL
+        for metric in _metrics(cfg, name)
+    ]
+
+
+def _metrics(cfg: CfgNode, dataset_name: str) -> list[str]:
+    """What :func:`nuclei_d2.evaluation.build_evaluator` has measured, by measuring nothing."""
+    average_precision = coco_ap(dataset_to_coco([]), [], "segm", 1)
+    tasks = {"segm": average_precision, "bbox": average_precision}
+    if MetadataCatalog.get(dataset_name).get("evaluator_type", "nuclei") == "nuclei":
+        tasks["nuclei"] = ["_".join(path) for path in HEADLINE]
+        tasks["boundary"] = [f"AP_{name}" for name in boundary_ap([])]
+    if cfg.MODEL.META_ARCHITECTURE == "UNet":
+        classes = CLASS_NAMES[cfg.MODEL.UNET.TARGET]
+        tasks["sem_seg"] = sem_seg_scores(np.zeros((len(classes), len(classes))), classes)
+    return [f"{task}/{metric}" for task, metrics in tasks.items() for metric in metrics]
 
 
 def data_warnings(cfg: CfgNode, evaluated: Iterable[str], trained: Iterable[str] = ()) -> list[str]:

@@ -30,7 +30,7 @@ from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.data.datasets.statistics import median_diameter
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
-from nuclei_d2.engine.checks import data_warnings
+from nuclei_d2.engine.checks import check_run, data_warnings
 from nuclei_d2.engine.hooks import BestCheckpointer, TrainingSpeed, ValidationLoss
 from nuclei_d2.evaluation import build_evaluator
 from nuclei_d2.evaluation.efficiency import (
@@ -124,6 +124,7 @@ def checked_config(args) -> CfgNode:
         )
     evaluated, trained = _used_sets(cfg, args)
     check_available((*evaluated, *trained))
+    check_run(cfg, args.eval_only)
     return cfg
 
 

@@ -112,6 +112,25 @@ def test_truncated_text_and_missing_files_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"epoch": 3, "state_dict": {"weight": torch.zeros(3, 2)}},
+        {"model": {"weight": torch.zeros(3, 2), "epoch": 3}},
+        {"model": torch.zeros(3, 2)},
+        [torch.zeros(3, 2)],
+    ],
+)
+def test_a_checkpoint_of_another_program_is_one_line(tmp_path, content):
+    path = str(tmp_path / "theirs.pth")
+    torch.save(content, path)
+    checkpointer = NucleiCheckpointer(model(), "")
+    for load in (checkpointer.load, checkpointer.load_exactly):
+        with pytest.raises(NucleiError, match=r"theirs\.pth: it is no state dict") as error:
+            load(path)
+        assert "\n" not in str(error.value)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     _, path = saved(tmp_path)
     renamed = shutil.copy(path, tmp_path / "model.pt")

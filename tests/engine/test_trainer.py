@@ -11,6 +11,7 @@ from pycocotools import mask as mask_util
 from tiny import CONFIGS, TINY_DATA_OPTS, TINY_OPTS, in_two_processes, write_split
 
 from nuclei_d2.config import load_config
+from nuclei_d2.engine.checks import best_metrics
 from nuclei_d2.engine.trainer import (
     NucleiTrainer,
     build_checkpointer,
@@ -138,6 +139,40 @@ def test_validation_data_are_needed_only_where_they_are_used(tiny_data, tmp_path
 def test_several_gpus_need_a_gpu_model(tiny_data, tmp_path):
     with pytest.raises(NucleiError, match=r"--num-gpus is 2 but MODEL\.DEVICE is 'cpu'"):
         tiny_setup(tmp_path, num_gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["DATASETS.TRAIN", "()"], r"DATASETS\.TRAIN is empty"),
+        (["MODEL.MASK_ON", "False"], r"MODEL\.MASK_ON is False"),
+        (["MODEL.PIXEL_MEAN", "[127.5]"], r"MODEL\.PIXEL_MEAN is \[127\.5\]; .*three"),
+        (["MODEL.PIXEL_STD", "[1.0, 1.0]"], r"MODEL\.PIXEL_STD is \[1\.0, 1\.0\]"),
+        (["TEST.BEST_METRIC", "AP"], r"TEST\.BEST_METRIC is 'AP'; valid: .*segm/AP"),
+        (["TEST.BEST_METRIC", "segm/ap"], r"TEST\.BEST_METRIC"),
+        (["TEST.BEST_METRIC", "sem_seg/mIoU"], r"TEST\.BEST_METRIC"),
+        (["DATASETS.VAL", "('tiny_val', 'tiny_test')"], "valid: .*tiny_val/segm/AP"),
+    ],
+)
+def test_what_cannot_be_trained_is_found_out_before(tiny_data, tmp_path, opts, message):
+    with pytest.raises(NucleiError, match=message) as error:
+        tiny_setup(tmp_path, *opts)
+    assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_needs_a_set_and_no_best_metric(tiny_data, tmp_path):
+    opts = ("TEST.BEST_METRIC", "AP", "DATASETS.TRAIN", "()")
+    tiny_setup(tmp_path, *opts, eval_only=True)
+    with pytest.raises(NucleiError, match=r"DATASETS\.TEST is empty"):
+        tiny_setup(tmp_path, *opts, "DATASETS.TEST", "()", eval_only=True)
+
+
+@pytest.mark.parametrize("config", ["mask_rcnn.yaml", "unet_distance.yaml"])
+def test_what_is_measured_can_choose_the_best_checkpoint(tiny_data, tmp_path, config):
+    cfg = tiny_setup(tmp_path, "MODEL.UNET.WIDTH", "4", config=config)
+    results, _ = evaluate(cfg, NucleiTrainer.build_model(cfg), ["tiny_val"])
+    measured = {f"{task}/{name}" for task, values in results["tiny_val"].items() for name in values}
+    assert measured == set(best_metrics(cfg))
 
 
 def test_two_runs_with_one_seed_are_identical(tiny_data, tmp_path):
