@@ -29,7 +29,15 @@ from nuclei_d2.utils.files import jsonable, write_json
 
 # Where these differ, the results are the same. Of MODEL.WEIGHTS the content is compared.
 _FREE_KEYS = ("config.MODEL.DEVICE", "config.MODEL.WEIGHTS", "config.OUTPUT_DIR", "model.file")
+_PARTS = ("model", "config", "settings")  # of the manifest, that have to agree
 _THUMBNAILS = "report"
+_FOLDERS = ("records", "failures", "claims", "work", _THUMBNAILS)
+# What clear removes besides the results: files by pattern, and then the folders if they are empty.
+_FILES = (
+    *("records/*.json", "failures/*.json", "claims/*.[0-9]*"),
+    *("work/*/*tile_*.npz", "work/*/outputs/*", "summary.json", "report.html", TABLE),
+)
+_EMPTIED = ("work/*/outputs", "work/*", *_FOLDERS)
 
 
 class Outcome(NamedTuple):
@@ -83,15 +91,16 @@ class FolderPrediction:
         """Make the folder, and check that what is there belongs to the same call.
 
         Raises:
-            NucleiError: the folder was made with other settings, or a record in it is of another
-                image of the same name; the model cannot be loaded; nothing can be written.
+            NucleiError: the folder was made with other settings, or not by this class; a record in
+                it is of another image of the same name; the model cannot be loaded; nothing can be
+                written.
         """
-        file = self.output / "manifest.json"
-        if file.exists():
-            self._compare(_read_json(file), jsonable(self._describe()))
+        before = self._read_manifest()
+        if before:
+            self._compare(before, jsonable(self._describe()))
         else:
             _ = self.pipeline  # a model that cannot be loaded leaves no folder
-            write_json(file, self._describe())
+            write_json(self._manifest, self._describe())
         self.work = SharedWork(self.output)
         for name in self.work.finished() & set(self.images):
             file = _read_json(self.work.record_path(name))["file"]
@@ -102,16 +111,45 @@ class FolderPrediction:
                 )
 
     def clear(self) -> None:
-        """Remove what earlier calls with this output folder have written."""
+        """Remove what earlier calls with this output folder have written.
+
+        Raises:
+            NucleiError: the folder has files, but was not made by this class; nothing is removed.
+        """
+        if not self._read_manifest():
+            if self.output.exists() and any(self.output.iterdir()):
+                raise NucleiError(
+                    f"{self.output} has no manifest.json, so its files are not of predict.py; name "
+                    "another --output, or leave out --overwrite"
+                )
+            return
         for file in (self.output / "records").glob("[!.]*.json"):
             for name in (*_read_json(file)["outputs"], f"{_THUMBNAILS}/{file.stem}.webp"):
                 (self.output / name).unlink(missing_ok=True)
-        for folder in ("records", "failures", "claims", "work"):
-            shutil.rmtree(self.output / folder, ignore_errors=True)
-        for name in ("manifest.json", "summary.json", "report.html", TABLE):
-            (self.output / name).unlink(missing_ok=True)
-        with suppress(OSError):  # not there, or with files of others
-            (self.output / _THUMBNAILS).rmdir()
+        for path in (path for pattern in _FILES for path in self.output.glob(pattern)):
+            if path.is_file():
+                path.unlink(missing_ok=True)
+        for folder in (folder for pattern in _EMPTIED for folder in self.output.glob(pattern)):
+            with suppress(OSError):  # with files of others
+                folder.rmdir()
+        write_json(self._manifest, self._describe())  # without it the folder is that of others
+
+    @property
+    def _manifest(self) -> Path:
+        return self.output / "manifest.json"
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """That of an earlier call; None without one."""
+        # Looked at first: other processes write the manifest before they make these.
+        taken = [path for name in _FOLDERS if (path := self.output / name).exists()]
+        if self._manifest.exists():
+            content = _read_json(self._manifest)
+            if not (isinstance(content, dict) and content.keys() >= set(_PARTS)):
+                raise NucleiError(f"{self._manifest} is not of predict.py; name another --output")
+            return content
+        if taken:
+            raise NucleiError(f"{taken[0]} is not of predict.py; name another --output")
+        return None
 
     def count_finished(self) -> int:
         """Images that are done or have failed, by whichever process."""
@@ -207,12 +245,12 @@ class FolderPrediction:
             ],
         }
         write_json(self.output / "summary.json", summary)
-        file, finished = self.output / "manifest.json", datetime.now(timezone.utc)
-        described = _read_json(file)
+        finished = datetime.now(timezone.utc)
+        described = _read_json(self._manifest)
         write_overview(self.output, contents, described)
         seconds = (finished - datetime.fromisoformat(described["started"])).total_seconds()
         described |= {"finished": finished.isoformat(timespec="seconds"), "seconds": seconds}
-        write_json(file, described)
+        write_json(self._manifest, described)
         return summary
 
     def _describe(self) -> dict[str, Any]:
@@ -225,8 +263,7 @@ class FolderPrediction:
         )
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        parts = ("model", "config", "settings")
-        old, new = (_flatten({part: content[part] for part in parts}) for content in (before, now))
+        old, new = (_flatten({part: content[part] for part in _PARTS}) for content in (before, now))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and key not in _FREE_KEYS:
                 raise NucleiError(

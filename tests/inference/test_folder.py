@@ -135,13 +135,43 @@ def test_other_settings_are_refused(images, tmp_path, changes, message):
 
 def test_overwrite_removes_what_was_written_and_nothing_else(images, tmp_path):
     run(prediction(images, tmp_path))
-    notes = [tmp_path / "out" / name for name in ("notes.txt", "report/notes.txt")]
+    names = ("notes.txt", "report/notes.txt", "work/mine/tiles/notes.txt", "work/notes.txt")
+    notes = [tmp_path / "out" / name for name in names]
     for path in notes:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     (tmp_path / "out" / "records" / ".a.1.tmp.json").write_text("{")  # of a killed process
     folder = prediction(images[:1], tmp_path, formats=("labels",), tta=True)
     folder.clear()
-    assert sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file()) == notes
+    left = sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert left == [tmp_path / "out" / "manifest.json", *notes]
+    assert len(run(folder)) == 1
+
+
+def test_a_folder_of_others_is_left_alone(images, tmp_path):
+    folder = prediction(images, tmp_path)
+    folder.output.mkdir()
+    (folder.output / "notes.txt").write_text("mine")
+    with pytest.raises(NucleiError, match=r"has no manifest.json.*another --output"):
+        folder.clear()
+    mine = folder.output / "work" / "a" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for refuse in (folder.clear, folder.prepare):  # without --overwrite work/a would go, too
+        with pytest.raises(NucleiError, match=r"out/work is not of predict.py.*another --output"):
+            refuse()
+    (folder.output / "manifest.json").write_text('{"name": "my web page"}')
+    for refuse in (folder.clear, folder.prepare):
+        with pytest.raises(NucleiError, match=r"manifest.json is not of predict.py"):
+            refuse()
+    assert mine.read_text() == "mine"
+
+
+def test_there_may_be_nothing_to_overwrite(images, tmp_path):
+    folder = prediction(images[:1], tmp_path)
+    folder.clear()
+    folder.output.mkdir()
+    folder.clear()
     assert len(run(folder)) == 1
 
 
