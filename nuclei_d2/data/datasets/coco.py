@@ -224,26 +224,43 @@ def load_nuclei_json(
     extras = {image["id"]: image for image in content["images"]}
     root = Path(image_root).absolute()
     try:
-        dataset_dicts = load_coco_json(str(json_file), str(root))
+        dataset_dicts = load_coco_json(str(json_file), str(root), extra_annotation_keys=["id"])
     except (AssertionError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise NucleiError(f"{json_file}: no COCO instance JSON ({error})") from error
+    segmentations = {a["id"]: a.get("segmentation") for a in content["annotations"]}
     for record in dataset_dicts:
         extra = extras[record["image_id"]]
         if "label_file_name" in extra:
             record["label_file_name"] = str(root / extra["label_file_name"])
         record.update({key: extra[key] for key in ("modality", "overlaps") if key in extra})
         for annotation in record["annotations"]:
-            _use_rle(annotation, record, json_file)
+            # As in the file: Detectron2 has left out polygons.
+            segmentation = segmentations.pop(annotation.pop("id"))
+            _use_rle(annotation, segmentation, record, json_file)
+    _check_none_left(list(segmentations), json_file)
     if name is not None:
         _set_classes(name, content["categories"])
     return dataset_dicts
 
 
-def _use_rle(annotation: dict[str, Any], record: dict[str, Any], json_file) -> None:
+def _check_none_left(ids: Sequence[Hashable], json_file) -> None:
+    """Raise for annotations that Detectron2 has dropped, which it does by their polygons."""
+    if ids:
+        count = f" ({len(ids)} in all)" if len(ids) > 3 else ""
+        raise NucleiError(
+            f"{json_file}: no polygon of three points or more in annotation "
+            f"{', '.join(map(str, ids[:3]))}{count}; remove it, or prepare the file with "
+            "datasets/prepare_coco.py, which drops and lists it"
+        )
+
+
+def _use_rle(
+    annotation: dict[str, Any], segmentation: Any, record: dict[str, Any], json_file
+) -> None:
     size = [record["height"], record["width"]]
     source = f"{json_file}: image {record['file_name']}"
     annotation["category_id"] = 0
-    annotation["segmentation"] = segmentation_to_rle(annotation.get("segmentation"), size, source)
+    annotation["segmentation"] = segmentation_to_rle(segmentation, size, source)
     if "bbox" not in annotation:
         annotation["bbox"] = mask_util.toBbox(annotation["segmentation"]).tolist()
     if not is_box(annotation["bbox"]):
@@ -255,6 +272,8 @@ def _use_rle(annotation: dict[str, Any], record: dict[str, Any], json_file) -> N
 def segmentation_to_rle(segmentation: Any, size: Sequence[int], source: str) -> dict[str, Any]:
     """Polygons or RLE of an image of ``size`` (H, W) -> compressed RLE.
 
+    Polygons of less than three points have no area; nothing but these is an empty mask.
+
     Raises:
         NucleiError: naming ``source``, when there is no segmentation or it does not fit.
     """
@@ -262,7 +281,7 @@ def segmentation_to_rle(segmentation: Any, size: Sequence[int], source: str) -> 
         raise NucleiError(f"{source}: an annotation has no segmentation; a box alone is no mask")
     try:
         if isinstance(segmentation, list):
-            return mask_util.merge(mask_util.frPyObjects(segmentation, *size))
+            return _polygons_to_rle(segmentation, size)
         if list(segmentation["size"]) != list(size):
             raise ValueError(f"RLE of size {segmentation['size']} in an image of size {list(size)}")
         _check_runs(segmentation["counts"], size)
@@ -271,6 +290,20 @@ def segmentation_to_rle(segmentation: Any, size: Sequence[int], source: str) -> 
     except Exception as error:  # pycocotools raises errors of every kind
         raise NucleiError(f"{source}: broken segmentation ({error})") from error
     return segmentation
+
+
+def _polygons_to_rle(polygons: list[Any], size: Sequence[int]) -> dict[str, Any]:
+    for polygon in polygons:
+        if not isinstance(polygon, (list, tuple, np.ndarray)):
+            raise ValueError("a polygon is a list of x, y, x, y and so on")
+        if len(polygon) % 2:
+            raise ValueError(f"a polygon of {len(polygon)} numbers, which are no pairs of x and y")
+    # pycocotools would take four numbers for a box.
+    areas = [polygon for polygon in polygons if len(polygon) >= 6]
+    if not areas:
+        runs = {"size": list(size), "counts": [size[0] * size[1]]}
+        return mask_util.frPyObjects(runs, *size)
+    return mask_util.merge(mask_util.frPyObjects(areas, *size))
 
 
 def _check_runs(counts: Any, size: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from nuclei_d2.data.datasets.coco import (
     mask_to_annotation,
     mask_to_rle,
     masks_to_label_image,
+    segmentation_to_rle,
     write_coco_json,
 )
 from nuclei_d2.utils.errors import NucleiError
@@ -142,10 +143,11 @@ COMPRESSED = compressed(13, 3, 3, 3, 8)
     [
         [[2, 1, 4, 1, 4, 4, 2, 4]],
         [[2, 1, 4, 1, 4, 2, 2, 2], [2, 2, 4, 2, 4, 4, 2, 4]],
+        [[0, 0, 3, 3], [2, 1, 4, 1, 4, 4, 2, 4], []],
         PLAIN,
         COMPRESSED,
     ],
-    ids=["polygon", "two polygons", "plain RLE", "compressed RLE"],
+    ids=["polygon", "two polygons", "polygon and a line", "plain RLE", "compressed RLE"],
 )
 def test_foreign_coco_becomes_one_class_with_rle(tmp_path, segmentation):
     path = save(tmp_path / "a.json", coco([square(segmentation=segmentation)]))
@@ -159,6 +161,23 @@ def test_foreign_coco_becomes_one_class_with_rle(tmp_path, segmentation):
     assert annotation["bbox"] == [2, 1, 2, 3]
     assert record["file_name"] == str(tmp_path / "images/a.png")
     assert "label_file_name" not in record
+
+
+@pytest.mark.parametrize("polygon", [[], [2, 1], [2, 1, 4, 1]])
+def test_polygons_without_area_are_an_empty_mask(polygon):
+    rle = segmentation_to_rle([polygon, polygon], (6, 5), "a.json")
+    assert mask_util.decode(rle).tolist() == np.zeros((6, 5)).tolist()
+
+
+def test_annotations_without_area_are_named_not_dropped(tmp_path):
+    lines = [square(id=k, segmentation=[[2, 1, 4, 1]]) for k in range(10, 15)]
+    path = save(tmp_path / "a.json", coco([square(), *lines]))
+    with pytest.raises(NucleiError, match=r"a\.json: .* 10, 11, 12 \(5 in all\)") as caught:
+        load_nuclei_json(path, tmp_path)
+    assert "datasets/prepare_coco.py" in str(caught.value)
+    path = save(tmp_path / "a.json", coco([square(), lines[0]]))
+    with pytest.raises(NucleiError, match=r"a\.json: .* annotation 10;"):
+        load_nuclei_json(path, tmp_path)
 
 
 def test_missing_box_is_made_from_the_mask(tmp_path):
@@ -230,6 +249,8 @@ def one_image(**fields):
         (coco([], images=one_image(height="6")), r"images\[0\] has height '6'"),
         (coco([], images=one_image(width=0)), r"images\[0\] has width 0"),
         (coco([square(segmentation=[])]), r"images/a\.png: .* no segmentation"),
+        (coco([square(segmentation=[[2, 1, 4, 1, 4, 4], [2, 1, 4, 1, 4, 4, 2]])]), "of 7 numbers"),
+        (coco([square(segmentation=[PLAIN, [2, 1, 4, 1, 4, 4]])]), "broken segmentation"),
         (coco([square(segmentation={"size": [5, 6], "counts": [30]})]), "broken segmentation"),
         (coco([square(segmentation=PLAIN | {"counts": None})]), "broken segmentation"),
         (coco([square(segmentation=PLAIN | {"counts": "5"})]), "runs .* 5 pixels .* 30"),

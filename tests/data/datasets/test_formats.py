@@ -411,6 +411,17 @@ def test_coco(tmp_path):
     assert report["dropped"] == [{"image_id": "well_a", "mask": "annotation 3", "reason": "crowd"}]
 
 
+@pytest.mark.parametrize("polygon", [[0, 0], [0, 0, 2, 1]])
+def test_coco_polygons_without_area_are_dropped_and_listed(tmp_path, polygon):
+    images = save(tmp_path / "images", {"well/a.png": png(GREY)})
+    square = {"image_id": 7, "category_id": 1, "segmentation": [[0, 0, 2, 0, 2, 1, 0, 1]]}
+    annotations = [square | {"id": 1}, square | {"id": 2, "segmentation": [polygon]}]
+    listing = list_coco(coco_json(tmp_path / "a.json", annotations=annotations), images, train)
+    report = prepare(listing, "set", root=tmp_path / "out", progress=False)
+    assert (report["masks_found"], report["masks_kept"]) == (2, 1)
+    assert report["dropped"] == [{"image_id": "well_a", "mask": "annotation 2", "reason": "empty"}]
+
+
 @pytest.mark.parametrize("name", ["c.png", "../secret.png", "/etc/passwd"])
 def test_coco_image_that_is_not_in_the_folder(tmp_path, name):
     images = save(tmp_path / "images", {"a.png": png(GREY)})
