@@ -38,9 +38,12 @@ def test_train_then_evaluate_gives_the_same_results(tiny_data, tmp_path):
     assert set(results["tiny_test"]) >= {"bbox", "segm"}
     assert "forward_s_per_iteration" in trained.stdout
     weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"))
-    evaluated = run(tmp_path / "eval", "--eval-only", *weights, *low)
+    config = (out / "config.yaml").read_text()
+    evaluated = run(out, "--eval-only", *weights, *low)
     assert evaluated.returncode == 0, evaluated.stderr
-    again = json.loads((tmp_path / "eval" / "results.json").read_text())
+    again = json.loads((out / "evaluation" / "results.json").read_text())
+    assert json.loads((out / "results.json").read_text()) == results
+    assert (out / "config.yaml").read_text() == config
     assert again["tiny_test"] == results["tiny_test"]
     assert again["efficiency"]["model"] == results["efficiency"]["model"]
     assert again["efficiency"]["training"] is None
@@ -76,6 +79,7 @@ def test_a_killed_run_resumes_and_ends_at_the_same_iteration(tiny_data, tmp_path
         (["MODEL.DEVICE", "cuda:9"], "MODEL.DEVICE"),
         (["--eval-only", "MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth"),
         (["--eval-only"], "MODEL.WEIGHTS is empty"),
+        (["SOLVER.BASE_LR", "1e30", "SOLVER.MAX_ITER", "5"], "loss is not finite at iteration"),
         (["--num-gpus", "64"], "--num-gpus"),
     ],
 )
@@ -87,6 +91,6 @@ def test_mistakes_are_one_line(tiny_data, tmp_path, words, message):
         [*whole[:position], *words, *whole[position:]], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert done.stderr.splitlines()[-1].startswith("error: ")
