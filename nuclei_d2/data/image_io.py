@@ -31,7 +31,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """Read a PNG, TIFF, JPEG or BMP image of 8 or 16 bits, grey or colour, at full bit depth.
 
     Alpha is dropped, palettes are expanded, a 1-bit image becomes 0 and 255. A TIFF may hold
-    (H, W), (H, W, 3), (H, W, 4) or (3, H, W), in any integer or float type and compression.
+    (H, W), (H, W, 3), (H, W, 4) or (3, H, W), in any integer or float type and compression, if it
+    says that the three are colours or channels.
 
     Returns:
         (H, W, C) float32 raw grey levels; C is 1 (grey) or 3 (RGB).
@@ -181,22 +182,22 @@ def _read_tiff(path: Path, as_grey_levels: bool) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, axes: str, path: Path) -> np.ndarray:
-    """Bring a TIFF's array to (H, W) or (H, W, 3 or 4) by its declared axes, else its shape.
+    """Bring a TIFF's array to (H, W) or (H, W, 3 or 4) by its declared axes.
 
-    Axes are tifffile's: S samples, C channels; Q and I are undeclared (a plain array written
-    to a TIFF, a sequence of pages).
+    Axes are tifffile's: S samples (as in RGB), C channels. Q and I are undeclared (a plain array
+    written to a TIFF, a sequence of pages): three of them may as well be planes of a stack.
     """
     if array.dtype.kind not in "buif":
         raise NucleiError(f"{path}: pixels of type {array.dtype} are no grey levels")
     if array.ndim == 2:
         return array
-    if array.ndim == 3 and axes[2] in "SCYX" and array.shape[2] in (3, 4) and axes[0] in "YQI":
+    if axes in ("YXS", "YXC") and array.shape[2] in (3, 4):
         return array
-    if array.ndim == 3 and axes[0] in "SCQI" and array.shape[0] == 3:
+    if axes in ("SYX", "CYX") and array.shape[0] == 3:
         return np.moveaxis(array, 0, -1)
     raise NucleiError(
         f"{path}: shape {array.shape} with axes {axes} is not one grey or RGB image; "
-        "save one plane or channel per file"
+        "save one plane or channel per file, or colours as RGB"
     )
 
 

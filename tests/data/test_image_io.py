@@ -102,8 +102,9 @@ def test_white_is_zero_tiff_is_inverted(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"photometric": "minisblack"},
         {"photometric": "rgb", "planarconfig": "separate"},
+        {"photometric": "rgb", "planarconfig": "separate", "metadata": None},
+        {"photometric": "minisblack", "metadata": {"axes": "CYX"}},
         {"imagej": True, "metadata": {"axes": "CYX"}},
     ],
 )
@@ -135,6 +136,10 @@ def test_float_tiff_without_a_number(tmp_path, bad):
         ((3, 20, 30), {"imagej": True, "metadata": {"axes": "ZYX"}}),
         ((3, 20, 30), {"imagej": True, "metadata": {"axes": "TYX"}}),
         ((2, 3, 20, 30), {"photometric": "minisblack"}),
+        # Three pages, of which the file does not say what they are.
+        ((3, 20, 30), {"photometric": "minisblack"}),
+        ((3, 20, 30), {"photometric": "minisblack", "metadata": None}),
+        ((20, 30, 3), {"photometric": "minisblack"}),
     ],
 )
 def test_stacks_are_refused(tmp_path, shape, options):
