@@ -112,6 +112,7 @@ def main() -> None:
     args = parse_args()
     if not sys.platform.startswith("linux"):
         raise NucleiError("tools/benchmark.py measures memory in /proc, which only Linux has")
+    check_numbers(args)
     load_config(args.config_file)  # fail early
     limit = args.memory_limit * 1e9 if args.memory_limit else free_memory() / 2
     promised = promised_jobs(args.shrink)
@@ -153,6 +154,14 @@ def free_memory() -> float:
     """Bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * float(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise NucleiError unless pixels, nuclei, threads and the divisor are at least 1."""
+    for name in ("nuclei", "size", "shrink", "threads"):
+        least = int(np.min(getattr(args, name)))
+        if least < 1:
+            raise NucleiError(f"--{name} is {least}; give whole numbers from 1")
 
 
 def growth_jobs(args: argparse.Namespace) -> list[Job]:

@@ -162,6 +162,14 @@ def test_the_floor_is_the_slower_of_compute_and_traffic():
     assert (row["compute_s"], row["traffic_s"], row["times_the_floor"]) == (1, 2, 1.5)
 
 
+@pytest.mark.parametrize("option", ["--shrink", "--size", "--nuclei", "--threads"])
+@pytest.mark.parametrize("value", ["0", "-2"])
+def test_numbers_below_one_are_refused(monkeypatch, option, value):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", option, value])
+    with pytest.raises(NucleiError, match=rf"{option} is {value}; .* from 1"):
+        benchmark.main()
+
+
 def test_writes_a_table_json_and_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "GROWTH", ("mask targets",))
     monkeypatch.setattr(benchmark, "promised_jobs", lambda shrink: {})
