@@ -114,7 +114,8 @@ class FolderPrediction:
         """Remove what earlier calls with this output folder have written.
 
         Raises:
-            NucleiError: the folder has files, but was not made by this class; nothing is removed.
+            NucleiError: the folder has files, but was not made by this class; the model cannot be
+                loaded; a record cannot be read. Nothing is removed then.
         """
         if not self._read_manifest():
             if self.output.exists() and any(self.output.iterdir()):
@@ -123,8 +124,11 @@ class FolderPrediction:
                     "another --output, or leave out --overwrite"
                 )
             return
-        for file in (self.output / "records").glob("[!.]*.json"):
-            for name in (*_read_json(file)["outputs"], f"{_THUMBNAILS}/{file.stem}.webp"):
+        _ = self.pipeline
+        described = self._describe()
+        files = (self.output / "records").glob("[!.]*.json")
+        for file, record in [(file, _read_json(file)) for file in files]:
+            for name in (*record["outputs"], f"{_THUMBNAILS}/{file.stem}.webp"):
                 (self.output / name).unlink(missing_ok=True)
         for path in (path for pattern in _FILES for path in self.output.glob(pattern)):
             if path.is_file():
@@ -132,7 +136,7 @@ class FolderPrediction:
         for folder in (folder for pattern in _EMPTIED for folder in self.output.glob(pattern)):
             with suppress(OSError):  # with files of others
                 folder.rmdir()
-        write_json(self._manifest, self._describe())  # without it the folder is that of others
+        write_json(self._manifest, described)  # without it the folder is that of others
 
     @property
     def _manifest(self) -> Path:

@@ -182,6 +182,25 @@ def test_mistakes_are_told_in_one_line(images, tmp_path, more, message, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--weights", "typo.pth"],
+        ["--confidence-threshold", "7"],
+        ["--opts", "MODEL.DEVICE", "cuda:99"],
+    ],
+)
+def test_a_mistake_removes_nothing(images, tmp_path, mistake, monkeypatch, capsys):
+    arguments = words(images / "good_00.png")
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "out")
+    assert in_process(monkeypatch, *arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert in_process(monkeypatch, *arguments, "--overwrite", *mistake) == 2
+    assert mistake[-1] in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert after == before
+
+
 def test_overwrite_is_for_one_process(images, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert in_process(monkeypatch, *words(images, "--overwrite")) == 2
