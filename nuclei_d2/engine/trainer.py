@@ -242,8 +242,8 @@ class NucleiTrainer(DefaultTrainer):
     def train(self) -> OrderedDict:
         """Train to ``SOLVER.MAX_ITER``, then evaluate on ``DATASETS.TEST``.
 
-        A run that begins anew removes ``last_checkpoint`` and ``model_best.pth`` of an earlier one
-        in ``OUTPUT_DIR``, which would pass for its own.
+        A run that begins anew sets ``last_checkpoint`` and ``model_best.pth`` of an earlier one in
+        ``OUTPUT_DIR`` aside, which would pass for its own.
 
         Returns:
             ``{dataset: {"bbox": {...}, "segm": {...}}}``, as in ``results.json``.
@@ -251,7 +251,7 @@ class NucleiTrainer(DefaultTrainer):
         if self.start_iter == 0:
             comm.synchronize()  # until every process has loaded MODEL.WEIGHTS
             if comm.is_main_process():
-                _forget_earlier_run(Path(self.cfg.OUTPUT_DIR))
+                _set_earlier_run_aside(Path(self.cfg.OUTPUT_DIR))
         TrainerBase.train(self, self.start_iter, self.max_iter)
         return evaluate_and_save(self.cfg, self.model, self.training_cost())
 
@@ -306,11 +306,12 @@ class NucleiTrainer(DefaultTrainer):
         return losses
 
 
-def _forget_earlier_run(folder: Path) -> None:
-    for path in (folder / "last_checkpoint", folder / "model_best.pth"):
-        if path.exists():
-            _logger.info(f"removing {path} of an earlier run")
-            path.unlink()
+def _set_earlier_run_aside(folder: Path) -> None:
+    (folder / "last_checkpoint").unlink(missing_ok=True)  # only a name: the checkpoints stay
+    best = folder / "model_best.pth"
+    if best.exists():
+        aside = best.replace(folder / "model_best_earlier.pth")
+        _logger.info(f"{best} of an earlier run is now {aside}")
 
 
 def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables) -> NucleiCheckpointer:

@@ -217,6 +217,7 @@ def test_only_a_resumed_run_goes_on_from_an_earlier_one(tiny_data, tmp_path, mon
         trainer.train()
     for name in ("last_checkpoint", "model_best.pth"):
         assert (out / name).exists() == resume, name
+    assert (out / "model_best_earlier.pth").exists() != resume
 
 
 def test_evaluating_a_checkpoint_reproduces_the_run(tiny_data, tmp_path):
