@@ -125,7 +125,8 @@ def main() -> None:
         if world_size > 1:
             raise NucleiError(f"--overwrite is for one process; remove {args.output} instead")
         folder.clear()
-    folder.prepare()
+    for path in folder.prepare():
+        print(f"{path.name}: changed since its results were made; done again")
     already = folder.count_finished()
     with tqdm(total=len(images), initial=already, unit="image", disable=rank > 0) as bar:
         counted = time.monotonic()

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from nuclei_d2.inference.inputs import unique_stems
-from nuclei_d2.inference.manifest import manifest
+from nuclei_d2.inference.manifest import file_version, manifest
 from nuclei_d2.inference.nuclei import ImageInfo
 from nuclei_d2.inference.overview import TABLE, write_overview
 from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
@@ -35,9 +35,10 @@ _FOLDERS = ("records", "failures", "claims", "work", _THUMBNAILS)
 # What clear removes besides the results: files by pattern, and then the folders if they are empty.
 _FILES = (
     *("records/*.json", "failures/*.json", "claims/*.[0-9]*"),
-    *("work/*/*tile_*.npz", "work/*/outputs/*", "summary.json", "report.html", TABLE),
+    *("work/*/**/*tile_*.npz", "work/*/outputs/*", "summary.json", "report.html", TABLE),
 )
-_EMPTIED = ("work/*/outputs", "work/*", *_FOLDERS)
+_EMPTIED = ("work/*/*", "work/*", *_FOLDERS)
+_PATIENCE = 0.1  # seconds between two looks at an image that another process has
 
 
 class Outcome(NamedTuple):
@@ -87,8 +88,12 @@ class FolderPrediction:
         """Loaded when it is first needed."""
         return NucleiPipeline(self.cfg, self.options)
 
-    def prepare(self) -> None:
+    def prepare(self) -> list[Path]:
         """Make the folder, and check that what is there belongs to the same call.
+
+        Returns:
+            Images that have changed since their results were made. Their results are removed, so
+            that they are done again; of several processes one returns the image.
 
         Raises:
             NucleiError: the folder was made with other settings, or not by this class; a record in
@@ -102,13 +107,41 @@ class FolderPrediction:
             _ = self.pipeline  # a model that cannot be loaded leaves no folder
             write_json(self._manifest, self._describe())
         self.work = SharedWork(self.output)
-        for name in self.work.finished() & set(self.images):
-            file = _read_json(self.work.record_path(name))["file"]
-            if Path(file).parts[-2:] != self.images[name].parts[-2:]:
+        changed = []
+        for name in sorted(self.work.finished() & set(self.images)):
+            path, record = self.images[name], self._read_record(name)
+            if record and Path(record["file"]).parts[-2:] != path.parts[-2:]:
                 raise NucleiError(
-                    f"{self.work.record_path(name)} is of {file}, not of {self.images[name]}; "
+                    f"{self.work.record_path(name)} is of {record['file']}, not of {path}; "
                     "name another --output"
                 )
+            if _has_changed(path, record):
+                changed.append(name)
+        return [self.images[name] for name in changed if self._set_back(name)]
+
+    def _read_record(self, name: str) -> dict[str, Any]:
+        """Of an image; empty without one: another process may have set it back just now."""
+        return _read_json(self.work.record_path(name), {})
+
+    def _set_back(self, name: str) -> bool:
+        """Remove the results of an image that has changed; False if another process did.
+
+        Only the owner of the image's claim may: results that are being made stay.
+        """
+        while _has_changed(self.images[name], self._read_record(name)):
+            with self.work.claim(name) as ours:
+                record = self._read_record(name)
+                if ours and _has_changed(self.images[name], record):
+                    self._remove(self.work.record_path(name), record)
+                    return True
+            time.sleep(_PATIENCE)
+        return False
+
+    def _remove(self, path: Path, record: dict[str, Any]) -> None:
+        """An image's results; the record first, since an image with a record is complete."""
+        path.unlink(missing_ok=True)
+        for name in (*record["outputs"], f"{_THUMBNAILS}/{path.stem}.webp"):
+            (self.output / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what earlier calls with this output folder have written.
@@ -128,8 +161,7 @@ class FolderPrediction:
         described = self._describe()
         files = (self.output / "records").glob("[!.]*.json")
         for file, record in [(file, _read_json(file)) for file in files]:
-            for name in (*record["outputs"], f"{_THUMBNAILS}/{file.stem}.webp"):
-                (self.output / name).unlink(missing_ok=True)
+            self._remove(file, record)
         for path in (path for pattern in _FILES for path in self.output.glob(pattern)):
             if path.is_file():
                 path.unlink(missing_ok=True)
@@ -180,8 +212,9 @@ class FolderPrediction:
         folder = self.output / "work"
         with suppress(OSError):  # another process may do the same
             for path in folder.iterdir():
-                if self.work.record_path(path.name).exists():
-                    shutil.rmtree(path, ignore_errors=True)
+                with self.work.claim(path.name) as ours:  # else one may just begin it again
+                    if ours and self.work.record_path(path.name).exists():
+                        shutil.rmtree(path, ignore_errors=True)
             folder.rmdir()
 
     def _predict(self, name: str) -> Outcome:
@@ -202,8 +235,10 @@ class FolderPrediction:
     def _write(self, pipeline: NucleiPipeline, name: str) -> dict[str, Any]:
         """Predict and write one image, whose claim this process holds; returns its record."""
         folder = self.output / "work" / name
+        version = file_version(self.images[name])  # before it is read: it may change meanwhile
         with pipeline.open(self.images[name]) as source:
-            nuclei, record = pipeline.find(source, folder)
+            # Tiles of another version lie in another folder, and are never found.
+            nuclei, record = pipeline.find(source, folder / "{}_{}".format(*version.values()))
             pixel_size = pipeline.pixel_size_of(source)
             info = ImageInfo(source.path.name, source.read, source.channels, pixel_size)
             # Written aside: an interrupted writer leaves nothing among the results.
@@ -216,6 +251,7 @@ class FolderPrediction:
         thumbnail.replace(self.output / _THUMBNAILS / thumbnail.name)
         return {
             **record,
+            **version,
             "outputs": [path.name for path in written],
             "thumbnail": f"{_THUMBNAILS}/{thumbnail.name}",
         }
@@ -231,9 +267,9 @@ class FolderPrediction:
         contents = {}
         for name in self.images:
             paths = (self.work.record_path(name), self.work.failure_path(name))
-            path = next((path for path in paths if path.exists()), None)
-            if path:
-                contents[name] = _read_json(path)
+            content = next(filter(None, (_read_json(path, {}) for path in paths)), None)
+            if content:
+                contents[name] = content
         records = [content for content in contents.values() if "reason" not in content]
         failures = [content for content in contents.values() if "reason" in content]
         summary = {
@@ -276,10 +312,22 @@ class FolderPrediction:
                 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _has_changed(path: Path, record: dict[str, Any]) -> bool:
+    """Whether a file is not the one of the record; no, where either is unknown."""
+    try:
+        version = file_version(path)
+    except OSError:
+        return False
+    return any(record.get(key, value) != value for key, value in version.items())
+
+
+def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a file, or ``missing``, if that is given and there is no file."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
+        if missing is not None and isinstance(error, FileNotFoundError):
+            return missing
         raise NucleiError(f"cannot read {path} ({error}); remove it") from error
 
 

@@ -1,4 +1,6 @@
 import json
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,9 @@ from PIL import Image
 from tiny import CONFIGS, draw_nuclei
 
 from nuclei_d2.config import load_config
-from nuclei_d2.inference import FolderPrediction, PredictionOptions
+from nuclei_d2.inference import FolderPrediction, NucleiPipeline, PredictionOptions
+from nuclei_d2.inference.manifest import file_version
+from nuclei_d2.inference.work import SharedWork
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -66,7 +70,6 @@ def test_every_image_gets_its_results_and_the_broken_one_a_reason(images, tmp_pa
 def test_a_second_call_does_what_is_missing(images, tmp_path):
     run(prediction(images, tmp_path))
     (tmp_path / "out" / "records" / "b.json").unlink()
-    Image.fromarray(np.zeros((20, 20), np.uint8)).save(images[-2])  # c.png, done already
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "in" / "broken.png")
     outcomes = run(prediction(images, tmp_path))
     assert [outcome.path.name for outcome in outcomes] == ["b.png", "broken.png"]
@@ -74,6 +77,87 @@ def test_a_second_call_does_what_is_missing(images, tmp_path):
     assert prediction(images, tmp_path).output.joinpath("failures").exists()
     assert list((tmp_path / "out" / "failures").iterdir()) == []
     assert run(prediction(images, tmp_path)) == []
+
+
+def test_a_changed_image_is_done_again(images, tmp_path):
+    run(prediction(images, tmp_path))
+    b, c = tmp_path / "in" / "b.png", tmp_path / "in" / "c.png"
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(b)
+    c.write_bytes(c.read_bytes()[:100] + b"no image" + c.read_bytes()[108:])  # of the same size
+    folder = prediction(images, tmp_path)
+    assert folder.prepare() == [b, c]
+    results = ("a.csv", "b.csv", "b_labels.tif", "records/b.json", "report/b.webp")
+    assert [(folder.output / name).exists() for name in results] == [True, *[False] * 4]
+    failed = {outcome.path.name: outcome.failed for outcome in folder.run()}
+    assert failed == {"b.png": False, "broken.png": True, "c.png": True}
+    assert tifffile.imread(folder.output / "b_labels.tif").shape == (20, 20)
+    record = json.loads((folder.output / "records" / "b.json").read_text())
+    assert record["file_bytes"] == b.stat().st_size
+    assert record["file_mtime_ns"] // 1000 == b.stat().st_mtime_ns // 1000
+    assert prediction(images, tmp_path).prepare() == []
+
+
+def test_a_record_that_does_not_know_the_files_version_is_current(images, tmp_path):
+    run(prediction(images[:1], tmp_path))
+    path = tmp_path / "out" / "records" / "a.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in record.items() if k[:5] != "file_"}))
+    assert prediction(images[:1], tmp_path).prepare() == []
+    assert path.exists()
+
+
+def test_a_changed_image_that_another_process_does_again_is_left_to_it(images, tmp_path):
+    run(prediction(images[:1], tmp_path))
+    other = SharedWork(tmp_path / "out")
+    record = json.loads(other.record_path("a").read_text())
+    os.utime(images[0], (1, 1))
+    answers = []
+    with other.claim("a"):
+        folder = prediction(images[:1], tmp_path)
+        thread = threading.Thread(target=lambda: answers.append(folder.prepare()))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        other.record("a", {**record, "file_mtime_ns": 10**9})
+    thread.join(60)
+    assert answers == [[]]
+    assert other.is_finished("a")
+    assert (tmp_path / "out" / "a_labels.tif").exists()
+
+
+def test_the_version_of_a_file_and_of_a_folder(tmp_path):
+    (tmp_path / "a.zarr" / "0").mkdir(parents=True)
+    chunk = tmp_path / "a.zarr" / "0" / "c"
+    chunk.write_bytes(b"abc")
+    os.utime(chunk, ns=(0, 4 * 10**18 + 1_999))  # later than the folders
+    assert file_version(chunk) == {"file_bytes": 3, "file_mtime_ns": 4 * 10**18 + 1_000}
+    before = file_version(tmp_path / "a.zarr")
+    chunk.write_bytes(b"abcd")
+    os.utime(chunk, ns=(0, 4 * 10**18))
+    after = file_version(tmp_path / "a.zarr")
+    assert after["file_bytes"] == before["file_bytes"] + 1
+    assert (before["file_mtime_ns"], after["file_mtime_ns"]) == (4 * 10**18 + 1_000, 4 * 10**18)
+
+
+@pytest.mark.parametrize(("changed", "looked_at"), [(False, 1), (True, 2)])
+def test_tiles_of_another_version_are_not_used(images, tmp_path, monkeypatch, changed, looked_at):
+    find = NucleiPipeline._find_in_tile
+    tiles = []
+
+    def stop_at_second(pipeline, image, grid, tile, inputs):
+        tiles.append(tile)
+        if len(tiles) == 2:
+            raise KeyboardInterrupt
+        return find(pipeline, image, grid, tile, inputs)
+
+    monkeypatch.setattr(NucleiPipeline, "_find_in_tile", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(prediction(images[:1], tmp_path, tile=64, overlap=0))
+    if changed:
+        os.utime(images[0], (1, 1))
+    run(prediction(images[:1], tmp_path, tile=64, overlap=0))
+    assert len(tiles) == 2 + looked_at
+    assert not (tmp_path / "out" / "work" / "a").exists()
 
 
 def test_a_writer_that_is_interrupted_leaves_nothing_among_the_results(

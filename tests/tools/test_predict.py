@@ -110,10 +110,13 @@ def test_broken_files_are_listed_and_the_others_predicted(images, tmp_path, monk
     assert "good_00.png: PNG YX 64x80 uint8: grey" in out
     assert "warning: empty_black.tif" in err
 
-    # Again: only what is missing, which is what failed and what is new.
+    # Again: only what is missing, which is what failed and what has changed.
     (images / "bad_nan.tif").write_bytes((images / "empty_noise.tif").read_bytes())
+    (images / "good_00.png").write_bytes((images / "good_01.png").read_bytes())
     assert in_process(monkeypatch, *words(images)) == 1
-    assert done_images(capsys.readouterr().out) == ["bad_nan.tif"]
+    out = capsys.readouterr().out
+    assert done_images(out) == ["bad_nan.tif", "good_00.png"]
+    assert "good_00.png: changed since its results were made; done again" in out
 
 
 def test_a_good_folder_ends_well(images, monkeypatch, capsys):
