@@ -22,26 +22,36 @@ HOSTILE = "<script>alert('x')</script>&\"'<img src=x>"
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory):
+    """Of twelve images, see :func:`compare`."""
+    return compare(tmp_path_factory.mktemp("report"), 12)
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory):
+    """The same of nine images."""
+    return compare(tmp_path_factory.mktemp("few"), 9)
+
+
+def compare(folder, n_images):
     """Function that renders the report of a comparison: ``report(names, results) -> html``.
 
-    Eight images of four nuclei. "careful" finds them all, its scores rise with the image. Of the
-    last five images, "hasty" joins the upper two nuclei into one. One image has a hostile name.
+    Images of four nuclei. "careful" finds them all, its scores rise with the image. Of the last
+    five images, "hasty" joins the upper two nuclei into one. One image has a hostile name.
     """
-    folder = tmp_path_factory.mktemp("report")
     (folder / "images").mkdir()
     (folder / "annotations").mkdir()
     entries, found = [], {"careful": [], "hasty": []}
-    for k in range(8):
+    for k in range(n_images):
         name = f"image_{k}" if k else HOSTILE.replace("/", "\\")
         truth = draw((4, 4), (4, 18), (22, 4), (22, 30))
-        hasty = draw((4, 4, 28), (22, 4), (22, 30)) if k > 2 else truth
+        hasty = draw((4, 4, 28), (22, 4), (22, 30)) if k >= n_images - 5 else truth
         picture = np.where(truth > 0, 150, 20) + np.arange(SIZE[1])
         Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / f"image_{k}.png")
         record = {"id": k, "file_name": f"images/{name}.png"}
         record.update(height=SIZE[0], width=SIZE[1], annotations=annotations(truth))
         entries.append(record)
         for labels, results in ((truth, found["careful"]), (hasty, found["hasty"])):
-            results += [{**a, "image_id": k, "score": 0.6 + k / 20} for a in annotations(labels)]
+            results += [{**a, "image_id": k, "score": 0.6 + k / 30} for a in annotations(labels)]
     (folder / "images" / "image_0.png").rename(folder / entries[0]["file_name"])
     write_coco_json(folder / "annotations" / "test.json", entries)
     truth = open_ground_truth(folder / "annotations" / "test.json")
@@ -53,7 +63,7 @@ def report(tmp_path_factory):
     weights = bootstrap_weights(len(truth.images))
     settings = {"ground_truth": "test.json", "score_threshold": 0.5, "bootstrap_seed": 0}
     raw_images = find_raw_images(truth)
-    assert len(raw_images) == 8
+    assert len(raw_images) == n_images
 
     def render(names=("careful", "hasty"), results=()):
         part = evaluations[: len(names)]

@@ -84,10 +84,22 @@ def test_an_answer_has_the_colour_of_its_method(page, report):
     assert "var(--edge" in STYLE
 
 
-def test_a_clear_difference_names_whom_it_favours(page):
+def test_a_difference_names_whom_it_favours(html, page):
     small = page.texts("small")
-    assert small.count("clear, for careful") > 5
-    assert "clear, for hasty" not in small
+    assert small.count("in favour of careful") > 5
+    assert "in favour of hasty" not in small
+    assert "some may do so by chance" in html
+    assert html.lower().count("clearly") == 2  # the answers with a difference
+
+
+def test_few_images_favour_nobody(few_images):
+    page = Page(few_images())
+    assert page.texts("strong")[:2] == ["Too few images to tell"] * 2
+    text = " ".join(element[2] for element in page.elements)
+    assert "9 images cannot settle it" in text
+    assert "So few images cannot settle which method is better" in text
+    assert "clearly" not in text.lower()
+    assert "in favour of" not in text
 
 
 def test_its_words_are_defined_before_they_are_used_again(html, page):

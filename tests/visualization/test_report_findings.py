@@ -35,9 +35,10 @@ from nuclei_d2.visualization.report.findings import (
 class Given:
     """Stands for the statistics: values and a difference of one metric, favourites of others."""
 
-    def __init__(self, values, difference=None, favours=()):
+    def __init__(self, values, difference=None, favours=(), n_images=10):
         self._values, self._difference = np.array(values, float), difference
         self._favours = dict(favours)
+        self.n_images = n_images
 
     def values(self, path):
         return self._values
@@ -83,20 +84,33 @@ def test_what_may_be_chance_is_said_to_be():
 
 
 def test_one_image_cannot_tell():
-    alone = Given([7, 6], lambda first, second: Change("-1", "", None))
+    alone = Given([7, 6], lambda first, second: Change("-1", "", None), n_images=1)
     found = answer(QUESTIONS[1], ["a", "b"], alone)
     assert (found.headline, found.named) == ("One image cannot tell", None)
     assert found.difference == "b minus a: -1. It may be chance."
 
 
+def test_a_few_images_cannot_tell_either():
+    few = Given([7, 6], lambda first, second: Change("-1", "-3 to -1", None), n_images=9)
+    found = answer(QUESTIONS[1], ["a", "b"], few)
+    assert (found.headline, found.named) == ("Too few images to tell", None)
+    assert found.sentence == "a: 7 merges (interval 0) against 6 of b."
+    chance = "b minus a: -1 (-3 to -1). It may be chance: 9 images cannot settle it."
+    assert found.difference == chance
+    tied = answer(QUESTIONS[1], ["a", "b", "c"], Given([7, 3, 7], n_images=9))
+    assert (tied.headline, tied.named) == ("Too few images to tell", None)
+    assert tied.sentence == "a and c: 7 merges each against 3 of b."
+
+
 FAVOURS = {metric.path: None for metric in METRICS}
+REMARK = "Among 11 metrics an interval or two may exclude 0 by chance."
 
 
 def test_what_speaks_for_the_other_one():
     favours = {**FAVOURS, MAIN: 1, MERGES: 1, SPLITS: 0, ("boundary", "f1"): 0}
     found = answer(QUESTIONS[0], ["a", "b"], Given([0.5, 0.6], None, favours))
     assert (found.headline, found.named) == ("b", 1)
-    assert found.beside == "a is clearly better in: Boundary F1, Splits."
+    assert found.beside == f"a is ahead in: Boundary F1, Splits. {REMARK}"
     alone = answer(QUESTIONS[0], ["a", "b"], Given([0.5, 0.6], None, {**FAVOURS, MAIN: 1}))
     assert alone.beside == ""
     merges = answer(QUESTIONS[1], ["a", "b"], Given([5, 4], None, favours))
@@ -107,7 +121,7 @@ def test_what_speaks_for_both_of_an_undecided_pair():
     favours = {**FAVOURS, MERGES: 1, SPLITS: 0}
     found = answer(QUESTIONS[0], ["a", "b"], Given([0.6, 0.5], None, favours))
     assert found.headline == "Too close to call"
-    assert found.beside == "a is clearly better in: Splits. b is clearly better in: Merges."
+    assert found.beside == f"a is ahead in: Splits. b is ahead in: Merges. {REMARK}"
 
 
 def test_equal_sets_and_one_alone():
@@ -133,14 +147,19 @@ def test_whom_a_clear_difference_favours():
     assert not is_better_high(MERGES)
     assert not is_better_high(("boundary", "hd95"))
     labels = np.kron(np.arange(1, 10).reshape(3, 3), np.pad(np.ones((8, 8), int), 2))
-    few = [labels * (labels > k) for k in (3, 4, 5)]
-    tables = [score_table(labels, [labels] * 3), score_table(labels, few)]
-    weights = bootstrap_weights(3)
+    few = [labels * (labels > k) for k in (3, 4, 5, 6, 7)] * 2
+    tables = [score_table(labels, [labels] * 10), score_table(labels, few)]
+    weights = bootstrap_weights(10)
     for order, winner in (((0, 1), 0), ((1, 0), 1)):
         statistics = Statistics([SimpleNamespace(table=tables[k]) for k in order], weights)
         assert statistics.change(0, 1, MAIN).favours == winner
         assert statistics.change(0, 1, ("errors", "missed")).favours == winner
         assert statistics.change(0, 1, MERGES).favours is None
+    tables = [score_table(labels, [labels] * 9), score_table(labels, few[:9])]
+    statistics = Statistics([SimpleNamespace(table=t) for t in tables], bootstrap_weights(9))
+    change = statistics.change(0, 1, MAIN)
+    assert change.interval.count("\N{MINUS SIGN}") == 2  # excludes 0, but of too few images
+    assert change.favours is None
 
 
 def score_table(truth, predictions):

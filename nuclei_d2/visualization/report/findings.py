@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nuclei_d2.evaluation.bootstrap import bootstrap_intervals, paired_differences
+from nuclei_d2.evaluation.bootstrap import FEW_IMAGES, bootstrap_intervals, paired_differences
 from nuclei_d2.evaluation.boundary_ap import RECALLS, ScoredImage, precision_curve
 from nuclei_d2.evaluation.comparison import Evaluation
 from nuclei_d2.evaluation.matching import CONTACT_IOU, DETECTION_IOU, IOU_THRESHOLDS
@@ -124,7 +124,7 @@ class Change(NamedTuple):
 
     value: str
     interval: str
-    favours: int | None  # the better set, if it is clear: the interval excludes 0
+    favours: int | None  # the better set, if the interval excludes 0, and images are not too few
 
 
 class Statistics:
@@ -137,6 +137,7 @@ class Statistics:
 
     def __init__(self, evaluations: Sequence[Evaluation], weights: np.ndarray):
         self._tables = [evaluation.table for evaluation in evaluations]
+        self.n_images = self._tables[0].n_images
         self._weights = weights
         self._intervals = [bootstrap_intervals(table, weights) for table in self._tables]
         self._values = [table.metrics() for table in self._tables]
@@ -160,7 +161,7 @@ class Statistics:
         change = self._changes[first, second][path]
         low, high = format_change(change["low"], path), format_change(change["high"], path)
         favours = None
-        if change["low"] > 0 or change["high"] < 0:
+        if self.n_images >= FEW_IMAGES and (change["low"] > 0 or change["high"] < 0):
             favours = second if (change["low"] > 0) == is_better_high(path) else first
         return Change(
             format_change(change["difference"], path), f"{low} to {high}" if low else "", favours
@@ -226,7 +227,9 @@ def answer(question: Question, names: Sequence[str], statistics: Statistics) -> 
     against = f" against {against}." if others else "."
     if len(best) > 1:
         headline = name if others else "No difference"
-        return Answer(asked, headline, f"{shown[best[0]]} {question.noun} each{against}")
+        found = Answer(asked, headline, f"{shown[best[0]]} {question.noun} each{against}")
+        few = others and statistics.n_images < FEW_IMAGES
+        return _undecided(found, statistics.n_images) if few else found
     interval = statistics.interval(best[0], path)
     interval = interval and f" ({interval})"
     sentence = f"{shown[best[0]]} {question.noun}{interval}{against}"
@@ -243,28 +246,40 @@ def _against(
     interval = change.interval and f" ({change.interval})"
     if change.favours is not None:
         verdict = f"Clearly in favour of {names[change.favours]}: the interval excludes 0."
+    elif 1 < statistics.n_images < FEW_IMAGES:
+        verdict = f"It may be chance: {statistics.n_images} images cannot settle it."
     elif interval:
         verdict = "It may be chance: the interval holds 0."
     else:
         verdict = "It may be chance."
     difference = f"{names[second]} minus {names[first]}: {change.value}{interval}. {verdict}"
     if change.favours is None:
-        sentence = f"{found.headline}: {found.sentence}"
-        headline = "Too close to call" if interval else "One image cannot tell"
-        found = found._replace(headline=headline, sentence=sentence, named=None)
+        found = _undecided(found, statistics.n_images)
     beside = _beside(names, statistics, first, second) if path == MAIN else ""
     return found._replace(difference=difference, beside=beside)
 
 
+def _undecided(found: Answer, n_images: int) -> Answer:
+    """The answer without a name in its headline."""
+    headline = "Too close to call" if n_images >= FEW_IMAGES else "Too few images to tell"
+    if n_images == 1:
+        headline = "One image cannot tell"
+    return found._replace(
+        headline=headline, sentence=f"{found.headline}: {found.sentence}", named=None
+    )
+
+
 def _beside(names: Sequence[str], statistics: Statistics, first: int, second: int) -> str:
-    """Which metrics clearly favour one of two sets, unless the main one does so, too."""
+    """Which metrics favour one of two sets, unless the main one does so, too."""
     favoured = {m.path: statistics.change(first, second, m.path).favours for m in METRICS}
     rows = {
         k: ", ".join(metric.title for metric in METRICS if favoured[metric.path] == k)
         for k in (first, second)
         if k != favoured[MAIN]
     }
-    return " ".join(f"{names[k]} is clearly better in: {row}." for k, row in rows.items() if row)
+    parts = [f"{names[k]} is ahead in: {row}." for k, row in rows.items() if row]
+    remark = f"Among {len(METRICS)} metrics an interval or two may exclude 0 by chance."
+    return " ".join([*parts, remark]) if parts else ""
 
 
 # ------------------------------------------------------------------------------ curves

@@ -8,7 +8,7 @@ import numpy as np
 
 from nuclei_d2 import __version__
 from nuclei_d2.data.datasets.sources import SourceFile
-from nuclei_d2.evaluation.bootstrap import LEVEL
+from nuclei_d2.evaluation.bootstrap import FEW_IMAGES, LEVEL
 from nuclei_d2.evaluation.boundary_ap import ScoredImage
 from nuclei_d2.evaluation.comparison import Evaluation
 from nuclei_d2.evaluation.inputs import GroundTruth
@@ -42,6 +42,11 @@ _SIZES = [
     for low, high in (name.split("-") for name in SIZE_NAMES)
 ]
 _CURVES = {"f1": "F1", "accuracy": "DSB score"}
+_FAVOUR = (
+    "Where the interval of a difference excludes 0, the better method is named; among so many rows "
+    "some may do so by chance."
+)
+_NO_FAVOUR = "So few images cannot settle which method is better, whatever the interval."
 _PRECISION_RECALL = {0: "0.50", 5: "0.75"}  # index in IOU_THRESHOLDS
 
 
@@ -85,6 +90,7 @@ def render_report(
         all_rows=_metric_rows(HEADLINE, len(names), statistics),
         definition=definition,
         is_better_high=is_better_high,
+        favour=_FAVOUR if statistics.n_images >= FEW_IMAGES else _NO_FAVOUR,
         detection_iou=DETECTION_IOU,
         curves=_curves(names, evaluations),
         errors=_errors(names, evaluations),
