@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from nuclei_d2.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_weights
+from nuclei_d2.evaluation.bootstrap import FEW_IMAGES, LEVEL, RESAMPLES, bootstrap_weights
 from nuclei_d2.evaluation.comparison import Evaluation, compare, evaluate_files, to_json
 from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
 from nuclei_d2.evaluation.scores import HEADLINE, definition, write_per_image
@@ -185,10 +185,10 @@ def read_results(path: str) -> dict:
 
 def headline_table(names: Sequence[str], contents: Sequence[dict], differences: dict) -> str:
     header = ["", *names, *differences, "definition"]
-    rows = []
+    rows, enough = [], contents[0]["n_images"] >= FEW_IMAGES
     for path in HEADLINE:
         cells = [_value(content, path) for content in contents]
-        changes = [_difference(part, path) for part in differences.values()]
+        changes = [_difference(part, path, enough) for part in differences.values()]
         rows.append([" ".join(path), *cells, *changes, definition(path)])
     note = "Fractions of 1"
     if contents[0]["settings"]["resamples"]:
@@ -207,10 +207,11 @@ def _value(content: dict, path: Sequence[str]) -> str:
     return f"{_at(content, path):{form}}{_interval(*_at(content['intervals'], path), form)}"
 
 
-def _difference(part: dict, path: Sequence[str]) -> str:
+def _difference(part: dict, path: Sequence[str], enough: bool) -> str:
+    """With a star where its interval excludes 0, if there are enough images for intervals."""
     change = _at(part, path)
     form = "+.0f" if path[0] == "errors" else "+.3f"
-    star = " *" if change["low"] > 0 or change["high"] < 0 else ""
+    star = " *" if enough and (change["low"] > 0 or change["high"] < 0) else ""
     interval = _interval(change["low"], change["high"], form)
     return f"{change['difference']:{form}}{interval}{star}"
 

@@ -364,7 +364,8 @@ def closed_pipe(*_, **__):
 def test_a_star_marks_a_clear_difference(tool, low, high, star):
     names = ["pooled", "f1", "0.50"]
     part = {"pooled": {"f1": {"0.50": {"difference": low, "low": low, "high": high}}}}
-    assert tool._difference(part, names).endswith("*") == star
+    assert tool._difference(part, names, enough=True).endswith("*") == star
+    assert not tool._difference(part, names, enough=False).endswith("*")
 
 
 def test_report(evaluate, images, tmp_path):
