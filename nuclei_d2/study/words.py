@@ -75,6 +75,13 @@ def answer(findings: Findings, comparison: Comparison) -> str:
     return " ".join(parts)
 
 
+def short_answer(findings: Findings, comparison: Comparison) -> str:
+    """Question and answer, without numbers."""
+    change = findings.change(comparison, comparison.metric)
+    kind = verdict(change, METRICS[comparison.metric].higher_is_better)
+    return f"{comparison.ask} **{_OPENINGS[kind]}**"
+
+
 def _numbers(findings: Findings, comparison: Comparison, change: Estimate) -> str:
     kind, task = METRICS[comparison.metric], findings.main
     first, second = (

@@ -7,7 +7,7 @@ from nuclei_d2.study.findings import Findings
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
 from nuclei_d2.study.tables import markdown, number
-from nuclei_d2.study.words import listed
+from nuclei_d2.study.words import listed, short_answer
 from nuclei_d2.utils.errors import NucleiError
 
 _ZOO_HEAD = """# Model zoo
@@ -118,20 +118,25 @@ def render_readme_block(findings: Findings, page: str) -> str:
     means = (
         f"means of {listed([str(n) for n in seeds])} seeds" if seeds[-1] > 1 else "one seed each"
     )
-    header = ["model", "minutes of training", "mask AP", "AP50", "AP75"]
-    header += ["TP / (TP + FP + FN) at IoU 0.5, 0.75"]
+    header = ["model", "minutes of training", "mask AP", "AP50", "AP75", "boundary AP"]
+    header += ["TP / (TP + FP + FN) at IoU 0.5, 0.75", "merges and splits per 100 nuclei"]
+    pair = comparison and (comparison.first, comparison.second)
+    asked = [c for c in study.comparisons.values() if (c.first, c.second) == pair]
+    told = [short_answer(findings, c) for c in asked]
+    told.append(f"[The study]({page}) says what these numbers mean, and how sure they are.")
     train = listed([f"`{name}`" for name in task.train])
     return (
         f"Trained from scratch on {train} ({'; '.join(findings.machines())}), {means};\n"
         f"numbers on `{task.test[0]}` ({len(images.images)} images, {nuclei:,} nuclei):\n\n"
-        f"{markdown(header, rows)}\n\n"
-        f"[The study]({page}) says what these numbers mean, and how sure they are."
+        f"{markdown(header, rows)}\n\n{' '.join(told)}"
     )
 
 
 def _readme_row(findings: Findings, task: Task, model: str) -> list[str]:
-    keys = ("ap", "ap50", "ap75", "accuracy_50", "accuracy_75")
-    *aps, first, second = (findings.estimate(task, task.test[0], model, key).value for key in keys)
+    keys = ("ap", "ap50", "ap75", "boundary_ap", "accuracy_50", "accuracy_75", "merges_and_splits")
+    *aps, first, second, errors = (
+        findings.estimate(task, task.test[0], model, key).value for key in keys
+    )
     config = findings.study.models[model].config if model in findings.study.models else ""
     title = findings.study.model_title(model)
     return [
@@ -139,6 +144,7 @@ def _readme_row(findings: Findings, task: Task, model: str) -> list[str]:
         number(findings.training_minutes(task, model)),
         *(number(ap) for ap in aps),
         f"{number(first, 3)}, {number(second, 3)}",
+        number(errors),
     ]
 
 

@@ -247,6 +247,7 @@ def test_the_readme_gets_its_block(make_study, fabricate, tmp_path):
     assert text.startswith(f"{start}PyTorch 0.0), means of 2 seeds;\n")
     assert text.endswith("<!-- /results -->\nafter\n")
     assert "(6 images, 72 nuclei)" in text
+    assert "\nDoes learning boundaries help? **Yes, here.** [The study](" in text
     assert "old" not in text
     readme.write_text("no marks")
     with pytest.raises(NucleiError, match="have to be there"):
