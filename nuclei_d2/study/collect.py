@@ -146,6 +146,17 @@ class RunResult:
         return value
 
 
+def calibration_file(study: Study, task: str, model: str) -> Path:
+    """Where the time of a model's training step is kept, if the study has a budget."""
+    return study.results_dir / task / model / "calibration.json"
+
+
+def read_calibration(study: Study, task: str, model: str) -> float | None:
+    """Seconds of a training step; None where it was not measured."""
+    path = calibration_file(study, task, model)
+    return read_json(path)["seconds_per_iteration"] if path.is_file() else None
+
+
 def load_results(study: Study) -> list[RunResult]:
     """All runs of the study that are collected, in the order of its runs; then other programs.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nuclei_d2.study.collect import RunResult
+from nuclei_d2.study.collect import RunResult, read_calibration
 from nuclei_d2.study.measure import Measured
 from nuclei_d2.study.plan import Comparison, Study, Task
 from nuclei_d2.study.statistics import (
@@ -89,9 +89,21 @@ class Findings:
         return 1 / speed if speed else None
 
     def training_minutes(self, task: Task, model: str) -> float | None:
-        """Without validation."""
-        seconds = self.cost(task, model, "training", "seconds")
-        return None if seconds is None else seconds / 60
+        """Without validation; of the seed that other programs disturbed least."""
+        known = [run.cost("training", "seconds") for run in self.runs(task.name, model)]
+        known = [seconds for seconds in known if seconds is not None]
+        return min(known) / 60 if known else None
+
+    def step_seconds(self, task: Task, model: str) -> float | None:
+        """Of a training step: as calibrated where nothing else ran, else as in training."""
+        calibrated = read_calibration(self.study, task.name, model)
+        if calibrated:
+            return calibrated
+        minutes, iterations = (
+            self.training_minutes(task, model),
+            self.cost(task, model, "iterations"),
+        )
+        return 60 * minutes / iterations if minutes and iterations else None
 
     def machines(self) -> list[str]:
         """Device, threads and PyTorch of the runs, each combination once."""

@@ -265,8 +265,8 @@ def _training(findings: Findings) -> str:
     ]
     if told:
         text += (
-            f" Later steps, and other work on the machine, made it {listed(told)} minutes: times "
-            "are medians of 20 steps, summed."
+            f" Later steps, and other work on the machine, made it {listed(told)} minutes in the "
+            "seed that was disturbed least: medians of 20 steps, summed."
         )
     return text
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nuclei_d2.doctor import usable_cores
-from nuclei_d2.study.collect import collect_run, read_json
+from nuclei_d2.study.collect import calibration_file, collect_run, read_calibration, read_json
 from nuclei_d2.study.datasets import annotation_file
 from nuclei_d2.study.plan import Run, Study, changed_setting, load_run_config, settings
 from nuclei_d2.study.schedule import (
@@ -33,8 +33,6 @@ from nuclei_d2.study.schedule import (
 )
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
-
-_CALIBRATIONS = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,7 @@ class Runner:
     # ---------------------------------------------------------------------------- schedule
 
     def _calibration(self, run: Run) -> Path:
-        return self.study.results_dir / run.task.name / run.model.name / _CALIBRATIONS
+        return calibration_file(self.study, run.task.name, run.model.name)
 
     def _known_schedule(self, run: Run) -> tuple[str, ...] | None:
         """The run's schedule; None if its model has still to be calibrated."""
@@ -262,10 +260,9 @@ class Runner:
             return ()
         if study.budget is None:
             return schedule_options(run.cfg, validations=study.validations)
-        path = self._calibration(run)
-        if not path.is_file():
+        seconds = read_calibration(study, run.task.name, run.model.name)
+        if seconds is None:
             return None
-        seconds = read_json(path)["seconds_per_iteration"]
         return schedule_options(run.cfg, seconds, study.budget, study.validations)
 
     def _schedule(self, run: Run, lock: int) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def cost_sentence(findings: Findings, comparison: Comparison) -> str:
         "the parameters": lambda m: findings.cost(task, m, "model", "parameters"),
         "the multiply-adds": lambda m: findings.cost(task, m, "model", "flops"),
         "the time for an image": lambda m: findings.seconds_per_megapixel(task, m),
-        "the time for a training step": lambda m: _step_seconds(findings, m),
+        "the time for a training step": lambda m: findings.step_seconds(task, m),
     }
     ratios = []
     for name, cost in known.items():
@@ -130,13 +130,6 @@ def cost_sentence(findings: Findings, comparison: Comparison) -> str:
         return ""
     title, other = map(findings.study.model_title, (comparison.first, comparison.second))
     return f"{title} takes {listed(ratios)} of {other}."
-
-
-def _step_seconds(findings: Findings, model: str) -> float | None:
-    task = findings.main
-    seconds = findings.cost(task, model, "training", "seconds")
-    iterations = findings.cost(task, model, "iterations")
-    return seconds / iterations if seconds and iterations else None
 
 
 def listed(words: list[str]) -> str:

@@ -125,6 +125,17 @@ def test_one_test_image_is_no_claim(make_study, fabricate):
     assert "[, ]" not in page
 
 
+def test_times_are_those_that_other_programs_disturbed_least(make_study, fabricate):
+    study = make_study()
+    fabricate(study, {"unet": 1.0})
+    findings = Findings(study, load_results(study))
+    assert findings.training_minutes(findings.main, "unet") == 3.0  # 180 and 181 s
+    assert findings.step_seconds(findings.main, "unet") == pytest.approx(1.8)  # 100 steps
+    (study.results_dir / "a/unet/calibration.json").write_text('{"seconds_per_iteration": 1.5}')
+    assert findings.step_seconds(findings.main, "unet") == 1.5
+    assert findings.step_seconds(findings.main, "mask_rcnn") is None
+
+
 def test_every_pair_is_drawn_once_and_every_question_asked(make_study, fabricate):
     asked = {
         "separation": {**BOUNDARIES, "metric": "merges_and_splits"},
