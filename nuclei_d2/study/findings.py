@@ -84,9 +84,15 @@ class Findings:
         return float(np.mean(known)) if known else None
 
     def seconds_per_megapixel(self, task: Task, model: str) -> float | None:
-        """Network and post-processing of the first test set."""
-        speed = self.cost(task, model, "evaluation", task.test[0], "megapixels_per_second")
+        """Network and post-processing of the first test set, see :meth:`speed`."""
+        speed = self.speed(task, model, "megapixels")
         return 1 / speed if speed else None
+
+    def speed(self, task: Task, model: str, unit: str) -> float | None:
+        """ "images" or "megapixels" per second, of the seed that other programs disturbed least."""
+        place = "evaluation", task.test[0], f"{unit}_per_second"
+        speeds = [run.cost(*place) for run in self.runs(task.name, model)]
+        return max((speed for speed in speeds if speed is not None), default=None)
 
     def training_minutes(self, task: Task, model: str) -> float | None:
         """Without validation; of the seed that other programs disturbed least."""

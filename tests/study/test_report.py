@@ -134,6 +134,8 @@ def test_times_are_those_that_other_programs_disturbed_least(make_study, fabrica
     (study.results_dir / "a/unet/calibration.json").write_text('{"seconds_per_iteration": 1.5}')
     assert findings.step_seconds(findings.main, "unet") == 1.5
     assert findings.step_seconds(findings.main, "mask_rcnn") is None
+    assert findings.speed(findings.main, "unet", "images") == pytest.approx(10.2)  # 10, 10.2
+    assert findings.speed(findings.main, "mask_rcnn", "images") is None
 
 
 def test_every_pair_is_drawn_once_and_every_question_asked(make_study, fabricate):
