@@ -101,7 +101,7 @@ class Findings:
         return min(known) / 60 if known else None
 
     def step_seconds(self, task: Task, model: str) -> float | None:
-        """Of a training step: as calibrated where nothing else ran, else as in training."""
+        """Of a training step: as calibrated, else, without a budget, as in training."""
         calibrated = read_calibration(self.study, task.name, model)
         if calibrated:
             return calibrated

@@ -278,8 +278,8 @@ def _others(findings: Findings) -> str:
     if not titles:
         return ""
     return (
-        f"{listed(titles)} came as predictions: by a recipe, thresholds and a choice of weights of "
-        "its own."
+        f" {listed(titles)} came as predictions: by a recipe, thresholds and a choice of weights "
+        "of its own."
     )
 
 

@@ -67,8 +67,7 @@ def unit(metric: Metric) -> str:
 
 def answer(findings: Findings, comparison: Comparison) -> str:
     """Answer to the comparison's question, with the numbers it rests on."""
-    change = findings.change(comparison, comparison.metric)
-    kind = verdict(change, METRICS[comparison.metric].higher_is_better)
+    change, kind = _judge(findings, comparison)
     parts = [f"**{_OPENINGS[kind]}**"]
     if kind != "unknown":
         parts += [_numbers(findings, comparison, change), _REASONS[kind]]
@@ -77,9 +76,13 @@ def answer(findings: Findings, comparison: Comparison) -> str:
 
 def short_answer(findings: Findings, comparison: Comparison) -> str:
     """Question and answer, without numbers."""
+    return f"{comparison.ask} **{_OPENINGS[_judge(findings, comparison)[1]]}**"
+
+
+def _judge(findings: Findings, comparison: Comparison) -> tuple[Estimate, str]:
+    """The difference that answers the comparison's question, and the verdict on it."""
     change = findings.change(comparison, comparison.metric)
-    kind = verdict(change, METRICS[comparison.metric].higher_is_better)
-    return f"{comparison.ask} **{_OPENINGS[kind]}**"
+    return change, verdict(change, METRICS[comparison.metric].higher_is_better)
 
 
 def _numbers(findings: Findings, comparison: Comparison, change: Estimate) -> str:
