@@ -148,6 +148,8 @@ class RunResult:
 
 def calibration_file(study: Study, task: str, model: str) -> Path:
     """Where the time of a model's training step is kept, if the study has a budget."""
+    if model in study.models:
+        model = study.models[model].calibrated
     return study.results_dir / task / model / "calibration.json"
 
 

@@ -24,6 +24,14 @@ class Model:
     config: str  # path of a config file
     title: str = ""  # for tables; the name unless given
     options: dict[str, Any] = field(default_factory=dict)  # config keys and values
+    # A model of the same network: a budget gives both the same number of steps, not two numbers
+    # that differ by how fast the computer was when each was calibrated.
+    steps_of: str = ""
+
+    @property
+    def calibrated(self) -> str:
+        """The model whose calibration counts."""
+        return self.steps_of or self.name
 
 
 @dataclass(frozen=True)
@@ -289,6 +297,10 @@ def _check_names(path, study: Study) -> None:
     for model in study.models.values():
         if not Path(model.config).is_file():
             raise NucleiError(f"{path}: models.{model.name}: no config {model.config}")
+        same = study.models.get(model.steps_of)
+        if same and same.steps_of:
+            place = f"{path}: models.{model.name}.steps_of"
+            raise NucleiError(f"{place}: {same.name} has no number of steps of its own")
     programs = (*study.models, *study.others)
     uses = [(f"datasets.{t.name}.models", t.models, study.models) for t in study.tasks.values()]
     uses += [
@@ -296,6 +308,9 @@ def _check_names(path, study: Study) -> None:
     ]
     uses += [
         (f"comparisons.{c.name}.metric", (c.metric,), METRICS) for c in study.comparisons.values()
+    ]
+    uses += [
+        (f"models.{m.name}.steps_of", (m.calibrated,), study.models) for m in study.models.values()
     ]
     uses += [(f"others.{o.name}.task", (o.task,), study.tasks) for o in study.others.values()]
     for place, names, known in uses:

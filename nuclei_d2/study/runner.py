@@ -267,7 +267,7 @@ class Runner:
 
     def _schedule(self, run: Run, lock: int) -> tuple[str, ...]:
         path = self._calibration(run)
-        folder = self.study.output_dir / run.task.name / run.model.name / "calibration"
+        folder = self.study.output_dir / run.task.name / run.model.calibrated / "calibration"
         with self._calibrating[path], _locked(folder, run.key, wait=True):
             schedule = self._known_schedule(run)
             if schedule is None:

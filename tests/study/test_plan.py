@@ -8,6 +8,8 @@ from tiny import CONFIGS, REPOSITORY
 from nuclei_d2.study.plan import changed_setting, load_run_config, load_study, settings
 from nuclei_d2.utils.errors import NucleiError
 
+UNET = str(CONFIGS / "cpu" / "unet_boundary.yaml")
+
 
 def test_runs_are_every_model_with_every_seed_and_what_is_not_trained_once(study_file):
     study = load_study(study_file())
@@ -80,6 +82,14 @@ def test_a_changed_setting_is_found_and_a_new_key_is_none(study_file):
             "comparisons.q: no 'stardist'; there are classical, unet",
         ),
         ({"comparisons": {"q": {"ask": "?", "first": "unet"}}}, "comparisons.q: second is missing"),
+        (
+            {"models": {"m": {"config": UNET, "steps_of": "n"}}},
+            "models.m.steps_of: no 'n'; there are m",
+        ),
+        (
+            {"models": {"m": {"config": UNET, "steps_of": "m"}}},
+            "models.m.steps_of: m has no number of steps of its own",
+        ),
         ({"budget": 0}, "budget is 0"),
         ({"seeds": []}, "seeds are integers"),
         ({"seeds": ["x"]}, "seeds are integers"),

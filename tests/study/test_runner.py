@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from tiny import CONFIGS
 
 from nuclei_d2.utils.errors import NucleiError
 
@@ -111,6 +112,18 @@ def test_a_budget_is_calibrated_once_for_each_model(make_runner, calls):
     other = make_runner(budget=6)
     with pytest.raises(NucleiError, match=r"made with SOLVER.\w+ \d+, now it is"):
         other.run_all(runs)
+
+
+def test_models_of_one_network_get_the_same_number_of_steps(make_runner, calls):
+    unet = str(CONFIGS / "cpu" / "unet_boundary.yaml")
+    thick = {"config": unet, "options": {"MODEL.UNET.BOUNDARY": "thick"}, "steps_of": "unet"}
+    runner = make_runner(budget=5, models={"thick": thick, "unet": {"config": unet}})
+    runs = runner.study.runs()
+    assert runner.run_all(runs) == []
+    assert [line for line in calls() if "calibration" in line] == [
+        "train output/a/unet/calibration"
+    ]
+    assert {read(runner.results_folder(run) / "run.json")["iterations"] for run in runs} == {600}
 
 
 def test_a_calibration_holds_for_its_number_of_threads(make_runner):
