@@ -172,13 +172,21 @@ def _read_tiff(path: Path, as_grey_levels: bool) -> np.ndarray:
         if len(tiff.series) != 1:
             raise NucleiError(f"{path}: holds {len(tiff.series)} images; save one image per file")
         series, page = tiff.series[0], tiff.pages.first
-        array = _channels_last(series.asarray(), series.axes, path)
+        array = _channels_last(series.asarray(), tiff_axes(series), path)
         if as_grey_levels and array.ndim == 2 and page.photometric == tifffile.PHOTOMETRIC.PALETTE:
             return np.moveaxis(page.colormap[:, array], 0, -1)
         is_inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         if as_grey_levels and is_inverted and array.dtype.kind in "bu":
             return ~array  # bool and unsigned integers: the largest value minus the pixel
     return array
+
+
+def tiff_axes(series: tifffile.TiffPageSeries) -> str:
+    """The axes of a TIFF's image. Samples of a pixel (S) that are no colours are channels (C)."""
+    colours = tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR
+    if "C" in series.axes or series.keyframe.photometric in colours:
+        return series.axes
+    return series.axes.replace("S", "C")
 
 
 def _channels_last(array: np.ndarray, axes: str, path: Path) -> np.ndarray:
@@ -191,7 +199,7 @@ def _channels_last(array: np.ndarray, axes: str, path: Path) -> np.ndarray:
         raise NucleiError(f"{path}: pixels of type {array.dtype} are no grey levels")
     if array.ndim == 2:
         return array
-    if axes in ("YXS", "YXC") and array.shape[2] in (3, 4):
+    if (axes == "YXS" and array.shape[2] in (3, 4)) or (axes == "YXC" and array.shape[2] == 3):
         return array
     if axes in ("SYX", "CYX") and array.shape[0] == 3:
         return np.moveaxis(array, 0, -1)

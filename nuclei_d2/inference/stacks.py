@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 import zarr
 
-from nuclei_d2.data.image_io import decoding, is_tiff, read_pixels
+from nuclei_d2.data.image_io import decoding, is_tiff, read_pixels, tiff_axes
 from nuclei_d2.utils.errors import NucleiError
 
 # A TIFF up to this size is decoded at once.
@@ -170,12 +170,12 @@ def _tiff_stack(path: Path, tiff: tifffile.TiffFile, series: int | None) -> Stac
         return _picture(path, kind, **known)
     inverted = chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE
     array = _tiff_array(path, chosen, index)
-    return Stack(path, kind, array, chosen.axes, inverted=inverted, close=tiff.close, **known)
+    return Stack(path, kind, array, tiff_axes(chosen), inverted=inverted, close=tiff.close, **known)
 
 
 def _is_plane(series: tifffile.TiffPageSeries) -> bool:
     """Whether it is one grey or colour picture, which needs no choice."""
-    sizes = dict(zip(series.axes, series.shape, strict=True))
+    sizes = dict(zip(tiff_axes(series), series.shape, strict=True))
     return set(sizes) <= set("YXS") and sizes.get("S", 3) in (3, 4)
 
 

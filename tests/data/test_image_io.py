@@ -140,6 +140,10 @@ def test_float_tiff_without_a_number(tmp_path, bad):
         ((3, 20, 30), {"photometric": "minisblack"}),
         ((3, 20, 30), {"photometric": "minisblack", "metadata": None}),
         ((20, 30, 3), {"photometric": "minisblack"}),
+        # Four values of a pixel, of which the last one is no alpha.
+        ((20, 30, 4), {"photometric": "minisblack", "planarconfig": "contig"}),
+        ((20, 30, 4), {"photometric": "minisblack", "metadata": {"axes": "YXC"}}),
+        ((20, 30, 4), {"photometric": "separated", "extrasamples": []}),
     ],
 )
 def test_stacks_are_refused(tmp_path, shape, options):

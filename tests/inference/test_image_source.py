@@ -202,6 +202,14 @@ def test_three_channels_are_no_colours_unless_asked(tmp_path):
     refuse(write_ome(tmp_path / "b.ome.tif", STACK[0, :, 0], "CYX", **names), "3 channels")
 
 
+def test_samples_that_are_no_colours_are_channels(tmp_path, windowed):
+    pixels = RNG.integers(0, 4096, (40, 50, 4), np.uint16)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    refuse(path, "4 channels; choose a --channel")
+    assert np.array_equal(read(path, channel=3)[:, :, 0], pixels[:, :, 3])
+
+
 def test_an_axis_without_a_meaning_takes_it_from_the_option(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK[0, 0], photometric="minisblack")
     refuse(tmp_path / "a.tif", "QYX", "4x40x50", "ambiguous", "--channel", "--z max")
