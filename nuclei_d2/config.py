@@ -371,10 +371,15 @@ def _value(cfg: CfgNode, key: str):
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Raise :class:`NucleiError` when ``MODEL.DEVICE`` asks for hardware that is not there."""
+    """Raise :class:`NucleiError` when ``MODEL.DEVICE`` asks for hardware that is not there.
+
+    A GPU with a number becomes the current one, which CUDA's events and memory counters look at.
+    """
     try:
         device = torch.device(cfg.MODEL.DEVICE)
         if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+            if device.index:
+                torch.cuda.set_device(device)
             return  # without making a CUDA context, which would stay in this process
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from nuclei_d2.config import check_device, load_config
 from nuclei_d2.utils.errors import NucleiError
@@ -120,6 +121,15 @@ def test_a_checkpoint_is_no_config(tmp_path):
 def test_missing_file_is_named():
     with pytest.raises(NucleiError, match=r"no config file nowhere\.yaml"):
         load_config("nowhere.yaml")
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    check_device(load_config("", ["MODEL.DEVICE", "cuda"]))
+    check_device(load_config("", ["MODEL.DEVICE", "cuda:1"]))
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_a_device_that_is_not_there_is_one_line():

@@ -4,10 +4,11 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.common.checkpoint import Checkpointer
@@ -132,6 +133,7 @@ class ValidationLoss(HookBase):
 
     def measure(self) -> dict[str, float]:
         """Mean of each loss over the batches of all processes, and their ``total_loss``."""
+        share_buffers(self._model)
         sums, count = defaultdict(float), 0
         with (
             torch.random.fork_rng(),
@@ -150,6 +152,16 @@ class ValidationLoss(HookBase):
         return {**means, "total_loss": sum(means.values())}
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the main one, whose model is the one that is saved.
+
+    In training each has running statistics of its own images (batch norm).
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 @contextmanager
 def _frozen_norms(model: nn.Module) -> Iterator[None]:
     """Training mode, in which a Detectron2 model returns losses, without updating batch norms."""
@@ -161,6 +173,28 @@ def _frozen_norms(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.train()
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's; of its files it keeps the last two, enough to resume from.
+
+    Those that the run wrote before ``--resume`` count as well.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int):
+        """
+        Args:
+            checkpointer: writes the files, named after the iteration.
+            period: iterations between two of them.
+        """
+        super().__init__(checkpointer, period, max_to_keep=2)
+
+    def before_train(self):
+        super().before_train()
+        folder = Path(self.checkpointer.save_dir)
+        written = sorted(folder.glob(f"{self.file_prefix}_{'[0-9]' * 7}.pth"))
+        before = [p for p in written if int(p.stem[-7:]) < self.trainer.start_iter]
+        self.recent_checkpoints = [str(path) for path in before[-self.max_to_keep :]]
 
 
 class BestCheckpointer(HookBase):

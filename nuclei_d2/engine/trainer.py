@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -20,6 +21,7 @@ from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, defaul
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -31,7 +33,13 @@ from nuclei_d2.data.datasets.builtin import check_available, register_from_confi
 from nuclei_d2.data.datasets.statistics import median_diameter
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.checks import check_run, data_warnings
-from nuclei_d2.engine.hooks import BestCheckpointer, TrainingSpeed, ValidationLoss
+from nuclei_d2.engine.hooks import (
+    BestCheckpointer,
+    PeriodicCheckpointer,
+    TrainingSpeed,
+    ValidationLoss,
+    share_buffers,
+)
 from nuclei_d2.evaluation import build_evaluator
 from nuclei_d2.evaluation.efficiency import (
     efficiency_table,
@@ -222,12 +230,6 @@ class NucleiTrainer(DefaultTrainer):
         period = cfg.TEST.EVAL_PERIOD
         self._speed = TrainingSpeed(torch.device(cfg.MODEL.DEVICE), _WRITER_PERIOD)
         built = [hooks.IterationTimer(), hooks.LRScheduler(), self._speed]
-        if comm.is_main_process():
-            # The last two are enough to resume from.
-            checkpoint_period = cfg.SOLVER.CHECKPOINT_PERIOD
-            built.append(
-                hooks.PeriodicCheckpointer(self.checkpointer, checkpoint_period, max_to_keep=2)
-            )
         if cfg.DATASETS.VAL and period > 0:
             loader = self.build_validation_loss_loader(cfg)
             built.append(ValidationLoss(period, self.model, loader))
@@ -236,6 +238,8 @@ class NucleiTrainer(DefaultTrainer):
             if comm.is_main_process():
                 built.append(BestCheckpointer(period, self.checkpointer, cfg.TEST.BEST_METRIC))
         if comm.is_main_process():
+            # After validation: a run that is stopped while it validates does that again.
+            built.append(PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
             built.append(hooks.PeriodicWriter(self.build_writers(), period=_WRITER_PERIOD))
         return built
 
@@ -252,8 +256,17 @@ class NucleiTrainer(DefaultTrainer):
             comm.synchronize()  # until every process has loaded MODEL.WEIGHTS
             if comm.is_main_process():
                 _set_earlier_run_aside(Path(self.cfg.OUTPUT_DIR))
+        else:
+            self._draw_anew()
         TrainerBase.train(self, self.start_iter, self.max_iter)
         return evaluate_and_save(self.cfg, self.model, self.training_cost())
+
+    def _draw_anew(self) -> None:
+        """Other images and crops than at the start of the run, which a seed would bring again."""
+        if self.cfg.SEED >= 0:
+            entropy = (self.cfg.SEED, comm.get_rank(), self.start_iter)
+            seed_all_rng(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        self.data_loader = self.build_train_loader(self.cfg)
 
     def training_cost(self) -> dict[str, Any] | None:
         """What the iterations of this process cost, see :meth:`TrainingSpeed.summary`."""
@@ -331,6 +344,7 @@ def evaluate(
         ``{dataset: ...}`` of what it cost, see :func:`measured_inference`.
     """
     results, costs = OrderedDict(), {}
+    share_buffers(model)
     for name in dataset_names:
         evaluator = NucleiTrainer.build_evaluator(cfg, name)
         loader = NucleiTrainer.build_test_loader(cfg, name)

@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import json
 import logging
 
@@ -201,6 +202,47 @@ def test_a_run_resumed_from_its_last_checkpoint_ends_at_the_same_iteration(tiny_
     assert state["iteration"] == 3
 
 
+def test_a_resumed_run_sees_other_crops_than_at_its_start(tiny_data, tmp_path, monkeypatch):
+    opts = ("DATASETS.VAL", "()", "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "1")
+    seen = []
+
+    def forward(trainer, batch):
+        seen.append([float(record["image"].sum()) for record in batch])
+        return {"loss": sum(p.sum() for p in trainer.model.parameters())}
+
+    monkeypatch.setattr(NucleiTrainer, "_forward", forward)
+    train(tmp_path, *opts)
+    train(tmp_path, *opts, "SOLVER.MAX_ITER", "8", resume=True)
+    train(tmp_path / "again", *opts)
+    train(tmp_path / "again", *opts, "SOLVER.MAX_ITER", "8", resume=True)
+    assert len(seen) == 16
+    assert seen[:8] == seen[8:]
+    assert all(a != b for a, b in itertools.combinations(seen[:8], 2))
+
+
+def test_a_resumed_run_goes_on_tidying_its_checkpoints(tiny_data, tmp_path):
+    opts = ("DATASETS.VAL", "()", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1")
+    train(tmp_path, *opts)
+    stranger = tmp_path / "out" / "model_0000099.pth"  # later than this run has come
+    stranger.touch()
+    train(tmp_path, *opts, "SOLVER.MAX_ITER", "7", resume=True)
+    kept = sorted(path.name for path in (tmp_path / "out").glob("model_0*.pth"))
+    assert kept == ["model_0000005.pth", "model_0000006.pth", stranger.name]
+
+
+def test_a_run_that_is_stopped_while_it_validates_does_it_again(tiny_data, tmp_path, monkeypatch):
+    def stop(*_):
+        raise NucleiError("stopped while validating")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nuclei_d2.engine.trainer.measured_inference", stop)
+        with pytest.raises(NucleiError, match="while validating"):
+            train(tmp_path)
+    train(tmp_path, resume=True)
+    rows = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    assert [row["iteration"] for row in map(json.loads, rows) if "segm/AP" in row] == [1, 4]
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_only_a_resumed_run_goes_on_from_an_earlier_one(tiny_data, tmp_path, monkeypatch, resume):
     def stop():
@@ -289,6 +331,22 @@ def test_two_processes_give_exactly_the_numbers_of_one(tiny_data, tmp_path):
     assert nothing == "OrderedDict([('tiny_train', {}), ('tiny_test', {})])"
     assert costs == same_costs
     assert (costs["tiny_train"]["images"], costs["tiny_train"]["warmup_images"]) == (2, 2)
+
+
+def test_the_model_that_is_evaluated_is_the_main_process_one(tiny_data, tmp_path):
+    cfg = tiny_setup(tmp_path, "MODEL.UNET.WIDTH", "4", config="unet_boundary.yaml")
+    model = NucleiTrainer.build_model(cfg)
+
+    def work(rank):
+        for buffer in model.buffers():
+            buffer.fill_(rank + 1)  # as each process learns the statistics of its own images
+        evaluate(cfg, model, ["tiny_test"])
+        return [float(buffer.float().mean()) for buffer in model.buffers()]
+
+    main, other = in_two_processes(work, tmp_path)
+    assert main == other
+    assert 1.0 in main
+    assert 2.0 not in main
 
 
 def test_a_set_without_nuclei_is_reported_before_the_run(tiny_data, tmp_path, caplog):
