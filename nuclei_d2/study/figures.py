@@ -96,12 +96,16 @@ def _draw_differences(ax: Axes, findings: Findings) -> None:
         )
         ax.plot(change.seeds, [row - 0.18] * len(change.seeds), ".", color=colour, alpha=0.6)
     ax.axvline(0, color="0.6", linewidth=0.8)
-    names = [_wrapped(study.model_title(c.second)) for c, _ in known]
-    ax.set_yticks(range(len(known)), names)
+    pairs = [(study.model_title(c.first), study.model_title(c.second)) for c, _ in known]
+    firsts = {first for first, _ in pairs}
+    if len(firsts) == 1:
+        ax.set_title(_wrapped(f"{firsts.pop()} minus", 40), fontsize=9)
+        names = [second for _, second in pairs]
+    else:
+        names = [f"{first} minus {second}" for first, second in pairs]
+    ax.set_yticks(range(len(known)), map(_wrapped, names))
     ax.set_ylim(-0.6, max(len(known), 1) - 0.4)
-    firsts = {study.model_title(c.first): None for c, _ in known}
     ax.set_xlabel("difference of boundary AP, points")
-    ax.set_title(_wrapped(f"{', '.join(firsts)} minus", 40), fontsize=9)
 
 
 def _wrapped(text: str, width: int = 22) -> str:

@@ -154,8 +154,14 @@ def _best(findings: Findings) -> str:
     return (
         f"**Which is best?** On the validation images {title}, which on the test images has "
         f"{with_interval(found, 3)} in {metric.title}: {with_interval(lead, 3, sign=True)} more "
-        f"than the next one in validation, {other}; {phrase}."
+        f"than the next one in validation, {other}; {phrase}.{_not_chosen_from(findings, names)}"
     )
+
+
+def _not_chosen_from(findings: Findings, names: list[str]) -> str:
+    """Programs that were not run on the validation images."""
+    titles = [findings.study.model_title(n) for n in names if n in findings.study.others]
+    return f" Without results on these, {listed(titles)} could not be chosen." if titles else ""
 
 
 # --------------------------------------------------------------------------------- tables

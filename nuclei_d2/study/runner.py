@@ -271,11 +271,23 @@ class Runner:
         with self._calibrating[path], _locked(folder, run.key, wait=True):
             schedule = self._known_schedule(run)
             if schedule is None:
+                self._check_rivals(run)
                 self._calibrate(run, path, folder, lock)
                 schedule = self._known_schedule(run)
         if path.is_file():
             self._check_threads(path)
         return schedule
+
+    def _check_rivals(self, run: Run) -> None:
+        """Models of one task are compared: their steps have to be measured alike."""
+        for name in self.study.models:
+            path = calibration_file(self.study, run.task.name, name)
+            steps = read_json(path)["iterations"] if path.is_file() else CALIBRATION_ITERATIONS
+            if steps != CALIBRATION_ITERATIONS:
+                raise NucleiError(
+                    f"{path}: measured with {steps} iterations by another version, this one "
+                    f"measures {CALIBRATION_ITERATIONS}; use other --output and --results"
+                )
 
     def _check_threads(self, path: Path) -> None:
         then, now = read_json(path)["threads"], int(self._environment["OMP_NUM_THREADS"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -151,6 +152,19 @@ def test_every_pair_is_drawn_once_and_every_question_asked(make_study, fabricate
     assert "- boundary AP (mean of 1, 2 and 3 px): +" in page
     figure = (study.report_file.parent / "study" / "answer.svg").read_text()
     assert figure.count("<!-- U-Net -->") == 2  # a row on the left, and the legend
+    assert "<!-- mask_rcnn minus -->" in figure
+
+
+def test_a_drawn_difference_names_both_where_the_first_is_not_always_the_same(
+    make_study, fabricate
+):
+    floor = {"ask": "More than the floor?", "first": "unet", "second": "classical"}
+    study = make_study(comparisons={"boundaries": BOUNDARIES, "floor": floor})
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2, "classical": 2.5})
+    page_of(study)
+    figure = (study.report_file.parent / "study" / "answer.svg").read_text()
+    assert "<!-- mask_rcnn minus U-Net -->" in figure
+    assert "<!-- U-Net minus classical -->" in figure
 
 
 def test_the_best_model_is_chosen_on_validation_images(make_study, fabricate):
@@ -163,6 +177,17 @@ def test_the_best_model_is_chosen_on_validation_images(make_study, fabricate):
     findings = Findings(study, load_results(study))
     assert findings.best(findings.main, ["mask_rcnn", "unet"]) == "unet"
     assert findings.best(findings.main, []) is None
+
+
+def test_programs_without_validation_images_are_said_not_to_be_chosen_from(make_study, fabricate):
+    study = make_study(others={"stardist": {"task": "a", "title": "StarDist", "predictions": "x"}})
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2})
+    assert "could not be chosen" not in page_of(study)
+    folder = study.results_dir / "a" / "stardist" / "seed0"
+    shutil.copytree(study.results_dir / "a" / "unet" / "seed0", folder)
+    content = json.loads((folder / "tiny_test.json").read_text())
+    (folder / "tiny_test.json").write_text(json.dumps({**content, "validation": {}}))
+    assert "Without results on these, StarDist could not be chosen." in page_of(study)
 
 
 def test_numbers_in_the_page_are_those_of_the_table(make_study, fabricate):

@@ -97,7 +97,8 @@ def test_a_few_images_cannot_tell_either():
     assert found.sentence == "a: 7 merges (interval 0) against 6 of b."
     chance = "b minus a: -1 (-3 to -1). It may be chance: 9 images cannot settle it."
     assert found.difference == chance
-    tied = answer(QUESTIONS[1], ["a", "b", "c"], Given([7, 3, 7], n_images=9))
+    unsure = Given([7, 3, 7], lambda first, second: Change("-4", "-5 to -3", None), n_images=9)
+    tied = answer(QUESTIONS[1], ["a", "b", "c"], unsure)
     assert (tied.headline, tied.named) == ("Too few images to tell", None)
     assert tied.sentence == "a and c: 7 merges each against 3 of b."
 
@@ -125,9 +126,14 @@ def test_what_speaks_for_both_of_an_undecided_pair():
 
 
 def test_equal_sets_and_one_alone():
-    found = answer(QUESTIONS[1], ["a", "b", "c"], Given([7, 3, 7]))
+    clear = Given([7, 3, 7], lambda first, second: Change("-4", "-5 to -3", 1))
+    found = answer(QUESTIONS[1], ["a", "b", "c"], clear)
     assert (found.headline, found.difference, found.named) == ("a and c", "", None)
     assert found.sentence == "7 merges each against 3 of b."
+    one_only = Given([7, 3, 7], lambda first, second: Change("-4", "", 1 if first == 0 else None))
+    found = answer(QUESTIONS[1], ["a", "b", "c"], one_only)
+    assert (found.headline, found.named) == ("Too close to call", None)
+    assert found.sentence == "a and c: 7 merges each against 3 of b."
     found = answer(QUESTIONS[1], ["a", "b"], Given([7, 7]))
     assert (found.headline, found.sentence) == ("No difference", "7 merges each.")
     found = answer(QUESTIONS[2], ["a"], Given([4]))

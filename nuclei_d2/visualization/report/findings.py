@@ -228,8 +228,9 @@ def answer(question: Question, names: Sequence[str], statistics: Statistics) -> 
     if len(best) > 1:
         headline = name if others else "No difference"
         found = Answer(asked, headline, f"{shown[best[0]]} {question.noun} each{against}")
-        few = others and statistics.n_images < FEW_IMAGES
-        return _undecided(found, statistics.n_images) if few else found
+        pairs = [sorted((k, others[0])) for k in best] if others else []
+        sure = all(statistics.change(*pair, path).favours is not None for pair in pairs)
+        return found if sure else _undecided(found, statistics.n_images)
     interval = statistics.interval(best[0], path)
     interval = interval and f" ({interval})"
     sentence = f"{shown[best[0]]} {question.noun}{interval}{against}"
