@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
         "nucleus to --target-diameter",
     )
     parser.add_argument(
-        "--target-diameter", type=float, default=24.0, help="network pixels (default 24)"
+        "--target-diameter", type=float, default=27.0, help="network pixels (default 27)"
     )
     return parser.parse_args()
 
@@ -118,7 +118,7 @@ def _rows(part: DatasetStatistics) -> list[tuple[str, str]]:
         ("nuclei", str(part.nuclei)),
         ("nuclei per image: median, max", f"{part.count_median:g}, {part.count_max}"),
         ("touching nuclei", f"{part.touching_share:.1%}"),
-        (f"diameter = sqrt(area), px: {percentiles} %", _join(part.diameter_percentiles)),
+        (f"diameter (of the same area), px: {percentiles} %", _join(part.diameter_percentiles)),
         (f"box side = sqrt(w h), px: {percentiles} %", _join(part.box_side_percentiles)),
         ("raw range, INPUT.PERCENTILES: 5/50/95 %", _spread(part.range_percentiles)),
         ("nuclei, normalised: 5/50/95 %", _spread(part.foreground_percentiles)),

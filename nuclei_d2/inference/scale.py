@@ -11,6 +11,7 @@ from torch import nn
 
 from nuclei_d2.data.augmentation import ResampleTransform
 from nuclei_d2.data.datasets.coco import split_masks
+from nuclei_d2.data.datasets.statistics import equivalent_diameter
 from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
 from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.image_source import ImageSource
@@ -260,7 +261,7 @@ def make_finder(
             for k in sure
         ]
         centres = np.array(centres).reshape(-1, 2) * shrink + (window.top, window.left)
-        diameters = np.sqrt(4 / np.pi * areas[sure] * shrink.prod())
+        diameters = equivalent_diameter(areas[sure] * shrink.prod())
         return Found(centres, diameters, scores[sure].astype(float))
 
     return find

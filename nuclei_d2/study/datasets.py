@@ -22,6 +22,7 @@ from nuclei_d2.data.datasets.coco import (
     write_coco_json,
 )
 from nuclei_d2.data.datasets.prepare import SPLITS, datasets_root
+from nuclei_d2.data.datasets.statistics import equivalent_diameter
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate, layered_masks
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.utils.errors import NucleiError
@@ -50,9 +51,9 @@ def prepare_datasets(entries: Sequence[dict[str, Any]]) -> None:
     """Write what ``prepare`` of a study file lists, unless it is there.
 
     An entry is ``{crowding: [0, 0.5, 1], images: 20}``: the sets ``synthetic_crowding_000``,
-    ``_050``, ``_100``, with so many images each; or ``{subsets_of: my_set, by: diameter, edge: 16,
+    ``_050``, ``_100``, with so many images each; or ``{subsets_of: my_set, by: diameter, edge: 18,
     names: [small, large]}``: ``my_set_small_train``, .. have the images whose median nucleus is
-    smaller than the edge (diameter, the square root of the area, pixels), or whose grey levels
+    smaller than the edge (diameter, of the circle of the same area, pixels), or whose grey levels
     span less (contrast: 99.8th minus 1st percentile), and ``my_set_large_train``, .. the others.
 
     Raises:
@@ -141,7 +142,7 @@ def _split(path: Path, by: str, edge: float) -> tuple[list, list]:
     for image in tqdm(content["images"], f"{path.stem} by {by}", unit="image", leave=False):
         own = annotations[image["id"]]
         if by == "diameter":
-            value = np.median(np.sqrt([a["area"] for a in own])) if own else np.nan
+            value = np.median(equivalent_diameter([a["area"] for a in own])) if own else np.nan
         else:
             value = np.subtract(
                 *np.percentile(read_image(path.parents[1] / image["file_name"]), (99.8, 1))

@@ -35,7 +35,7 @@ def test_crowding_is_a_set_of_its_own_for_every_step(tmp_path, monkeypatch):
     assert len(read_coco_json(last)["images"]) == 1
 
 
-@pytest.mark.parametrize(("by", "edge"), [("diameter", 9.0), ("contrast", 130.0)])
+@pytest.mark.parametrize(("by", "edge"), [("diameter", 10.2), ("contrast", 130.0)])
 def test_subsets_share_the_images_out(tiny_data, by, edge):
     entry = {"subsets_of": "tiny", "by": by, "edge": edge, "names": ["low", "high"]}
     prepare_datasets([entry])
@@ -48,7 +48,11 @@ def test_subsets_share_the_images_out(tiny_data, by, edge):
         areas = [a["area"] for a in whole["annotations"] if a["image_id"] == image["id"]]
         grey = np.percentile(read_image(tiny_data / "tiny" / image["file_name"]), (1, 99.8))
         if by == "contrast" or areas:  # no nuclei, no size
-            value = np.median(np.sqrt(areas)) if by == "diameter" else grey[1] - grey[0]
+            value = (
+                np.median(2 * np.sqrt(np.divide(areas, np.pi)))
+                if by == "diameter"
+                else grey[1] - grey[0]
+            )
             expected[int(value >= edge)].append(image["id"])
     assert ids == expected
     assert all(expected)
@@ -57,7 +61,7 @@ def test_subsets_share_the_images_out(tiny_data, by, edge):
 
 
 def test_a_renewed_source_renews_its_subsets(tiny_data):
-    entry = {"subsets_of": "tiny", "by": "diameter", "edge": 11.0, "names": ["low", "high"]}
+    entry = {"subsets_of": "tiny", "by": "diameter", "edge": 12.4, "names": ["low", "high"]}
     prepare_datasets([entry])
     folder = tiny_data / "tiny" / "annotations"
     target = folder / "tiny_low_test.json"

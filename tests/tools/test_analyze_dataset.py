@@ -86,11 +86,13 @@ def test_from_files_to_table_fragment_and_json(prepared, tmp_path):
     assert (fields["images"], fields["nuclei"]) == (4, len(areas))
     assert fields["empty_share"] == 0.25
     assert fields["sizes"] == {"128 x 160": 4}
-    assert fields["diameter_percentiles"]["50"] == pytest.approx(np.median(np.sqrt(areas)))
+    assert fields["diameter_percentiles"]["50"] == pytest.approx(
+        np.median(2 * np.sqrt(areas / np.pi))
+    )
     assert result["datasets"]["void"]["touching_share"] is None  # no NaN in JSON
 
     proposal, cfg = result["proposal"], load_config(str(fragment))
-    assert cfg.INPUT.SCALE == proposal["scale"] == 1.5  # 24 / (16 sqrt(pi) / 2 = 14.2)
+    assert cfg.INPUT.SCALE == proposal["scale"] == 1.5  # 27 / 16
     assert proposal["anchors"] == cfg.MODEL.ANCHOR_GENERATOR.SIZES
     assert cfg.TEST.DETECTIONS_PER_IMAGE == 50
     assert cfg.MODEL.RPN.POST_NMS_TOPK_TEST == 1000

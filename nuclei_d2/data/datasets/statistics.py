@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+from numpy.typing import ArrayLike
 
 from nuclei_d2.data.datasets.coco import box_mask, masks_to_label_image
 from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
@@ -44,13 +45,18 @@ class ImageStatistics:
 
     @property
     def diameters(self) -> np.ndarray:
-        """(N,) square root of the area, in pixels."""
-        return np.sqrt(self.areas)
+        """(N,) of the circles of the same area, in pixels."""
+        return equivalent_diameter(self.areas)
 
     @property
     def box_sides(self) -> np.ndarray:
         """(N,) geometric mean of the box's width and height, in pixels."""
         return _box_sides(self.boxes)
+
+
+def equivalent_diameter(area: ArrayLike) -> np.ndarray:
+    """Diameter of the circle of the same area (pixels, of any shape), as in scikit-image."""
+    return np.sqrt(4 / np.pi * np.asarray(area))
 
 
 def _box_sides(boxes: np.ndarray) -> np.ndarray:
@@ -142,7 +148,7 @@ def measure_record(record: dict[str, Any], normalizer: ImageNormalizer) -> Image
 
 
 def median_diameter(records: Iterable[dict[str, Any]]) -> float:
-    """Median over all nuclei of the diameter of the circle of the same area, pixels of the files.
+    """Median over all nuclei of :func:`equivalent_diameter`, in pixels of the files.
 
     Args:
         records: Detectron2 dataset dicts with RLE masks; crowds are left out.
@@ -156,7 +162,7 @@ def median_diameter(records: Iterable[dict[str, Any]]) -> float:
         for annotation in record["annotations"]
         if not annotation.get("iscrowd", 0)
     ]
-    return float(np.sqrt(4 / np.pi * np.median(areas))) if areas else 0.0
+    return float(equivalent_diameter(np.median(areas))) if areas else 0.0
 
 
 @dataclass(frozen=True)
@@ -246,12 +252,12 @@ class Proposal:
 
 
 def propose(
-    images: Sequence[ImageStatistics], scale: float | None = None, target: float = 24.0
+    images: Sequence[ImageStatistics], scale: float | None = None, target: float = 27.0
 ) -> Proposal:
     """Settings for images like these; ``scale`` None stands for :func:`propose_scale`.
 
     The detection cap is 1.5 times the fullest image, rounded up to 50: enough for a fuller one,
-    little enough to keep the false ones out. The crop shows about ten median diameters, and at
+    little enough to keep the false ones out. The crop shows about nine median diameters, and at
     least twice the 99th percentile of the box sides, rounded up to 32 and within 128..1024.
 
     Raises:
@@ -269,7 +275,7 @@ def propose(
     anchors = fit_anchors(boxes, frames)
     iou = best_anchor_iou(boxes, frames, anchors)
     largest = np.percentile(_box_sides(boxes), 99)
-    view = max(10 * scale * np.median(diameters), 2 * largest)
+    view = max(9 * scale * np.median(diameters), 2 * largest)
     return Proposal(
         scale=scale,
         anchors=anchors,
@@ -280,11 +286,11 @@ def propose(
     )
 
 
-def propose_scale(diameter: float, target: float = 24.0) -> float:
+def propose_scale(diameter: float, target: float = 27.0) -> float:
     """Enlargement that brings the median ``diameter`` (pixels) to about ``target`` pixels.
 
     The finest features that a mask is cut from have one value in 4 x 4 pixels, and the box head
-    looks at 7 x 7 of them, so 24 px across (6 x 6 values) is about the least that shows an
+    looks at 7 x 7 of them, so 27 px across (7 x 7 values) is about the least that shows an
     outline; below it nuclei gain from up-sampling, above it time and memory are spent for
     little. In steps of 0.5, since finer ones make no measurable difference, within 0.25..4.
     """

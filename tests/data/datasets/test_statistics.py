@@ -181,9 +181,12 @@ def test_summary_by_hand():
     assert summary.sizes == {"20 x 30": 2, "40 x 40": 1}
     assert summary.modalities == {"a": 2, "b": 1}
     # Squares of 4, 4, 6 and 8 pixels: the median lies half-way between 4 and 6.
-    assert summary.diameter_percentiles[50] == 5
-    assert summary.diameter_percentiles[75] == pytest.approx(6.5)
-    assert summary.box_side_percentiles == pytest.approx(summary.diameter_percentiles)
+    assert summary.box_side_percentiles[50] == 5
+    assert summary.box_side_percentiles[75] == pytest.approx(6.5)
+    circle = 2 / math.sqrt(math.pi)  # diameter of the one that is as large as a square of 1 px
+    assert summary.diameter_percentiles == pytest.approx(
+        {k: circle * side for k, side in summary.box_side_percentiles.items()}
+    )
     assert summary.background_percentiles[50] == 0
 
 
@@ -196,7 +199,7 @@ def test_summary_without_nuclei_has_no_diameter():
 
 
 @pytest.mark.parametrize(
-    ("diameter", "scale"), [(24, 1.0), (18, 1.5), (12, 2.0), (2, 4.0), (96, 0.25), (48, 0.5)]
+    ("diameter", "scale"), [(27, 1.0), (20.3, 1.5), (13.5, 2.0), (2, 4.0), (108, 0.25), (54, 0.5)]
 )
 def test_scale(diameter, scale):
     assert propose_scale(diameter) == scale
@@ -278,7 +281,7 @@ def test_proposal_by_hand():
     proposal = propose([measure(labels), measure(np.zeros((50, 50), np.int32))])
     assert proposal.scale == 2.0
     assert proposal.detections == 100  # 1.5 x 35 = 52.5
-    assert proposal.crop == 256  # ten diameters of 24 px are 240
+    assert proposal.crop == 256  # nine diameters of 27 px are 243
     assert proposal.recall_50 == 1.0
     assert 0 <= proposal.recall_70 <= proposal.recall_50
     config = proposal.to_config()
