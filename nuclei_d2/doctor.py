@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nuclei_d2 import __version__
+from nuclei_d2.utils.hardware import bfloat16_support, usable_cores
 
 MODULES = (
     "torch torchvision detectron2 numpy scipy cv2 skimage tifffile imagecodecs PIL pycocotools "
@@ -87,23 +88,6 @@ def _origin(distribution: str) -> str:
 
 def cpu_rows() -> list[tuple[str, str]]:
     return [("CPU cores", str(usable_cores())), ("CPU bfloat16", bfloat16_support())]
-
-
-def usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def bfloat16_support(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """How fast SOLVER.AMP.ENABLED is on this CPU, by its instruction sets."""
-    try:
-        flags = set(Path(cpuinfo).read_text().split())
-    except OSError:
-        return "unknown"
-    if "amx_bf16" in flags:
-        return "fast (AMX)"
-    return "yes (AVX-512)" if "avx512_bf16" in flags else "emulated (slow)"
 
 
 def accelerator_rows() -> Iterator[tuple[str, str]]:

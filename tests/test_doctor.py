@@ -73,17 +73,3 @@ def test_operators_that_fail_or_lie(monkeypatch):
 
     monkeypatch.setattr(layers, "batched_nms", missing)
     assert "operator torchvision::nms does not exist" in doctor.check_operators()[0]
-
-
-@pytest.mark.parametrize(
-    ("flags", "answer"),
-    [
-        ("fpu amx_bf16 avx512_bf16", "fast (AMX)"),
-        ("fpu avx512_bf16", "yes (AVX-512)"),
-        ("fpu avx2", "emulated (slow)"),
-    ],
-)
-def test_bfloat16_by_the_cpu_flags(tmp_path, flags, answer):
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
-    assert doctor.bfloat16_support(tmp_path / "cpuinfo") == answer
-    assert doctor.bfloat16_support(tmp_path / "nowhere") == "unknown"

@@ -42,10 +42,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from nuclei_d2.config import load_config
-from nuclei_d2.doctor import usable_cores
 from nuclei_d2.evaluation.efficiency import hardware
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import atomic_path, write_json
+from nuclei_d2.utils.hardware import usable_cores
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,12 +1,9 @@
 """What a model costs: time of every stage, memory, parameters, multiply-adds, and on what."""
 
 import logging
-import platform
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from tabulate import tabulate
 from torch import nn
 
-from nuclei_d2.doctor import usable_cores
+from nuclei_d2.utils.hardware import cpu_name, usable_cores
 from nuclei_d2.utils.timing import StageClock
 
 try:
@@ -69,15 +66,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "processes": comm.get_world_size(),
         "torch": torch.__version__,
     }
-
-
-def cpu_name(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The CPU's model name, or whatever else is known of it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path(cpuinfo).read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def model_cost(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -47,7 +47,6 @@ from nuclei_d2.evaluation.matching import (
 from nuclei_d2.utils.files import atomic_path
 
 ERRORS = ("merges", "splits", "missed", "spurious")
-RATES = ("f1", "precision", "recall", "accuracy")
 _THRESHOLD_NAMES = tuple(f"{t:.2f}" for t in IOU_THRESHOLDS)
 _EDGES = (0, *SIZE_EDGES, "inf")
 SIZE_NAMES = tuple(f"{a}-{b}" for a, b in pairwise(_EDGES))

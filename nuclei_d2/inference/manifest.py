@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from nuclei_d2 import __version__
-from nuclei_d2.doctor import MODULES, usable_cores
+from nuclei_d2.doctor import MODULES
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.hardware import cpu_name, usable_cores
 
 
 def manifest(
@@ -104,19 +105,10 @@ def host() -> dict[str, Any]:
     """Operating system, processor, cores that may be used, and CUDA devices."""
     return {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cores": usable_cores(),
         "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
     }
-
-
-def _processor(cpuinfo: str = "/proc/cpuinfo") -> str:
-    try:
-        lines = Path(cpuinfo).read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _iso(time: datetime) -> str:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nuclei_d2.doctor import usable_cores
 from nuclei_d2.study.collect import calibration_file, collect_run, read_calibration, read_json
 from nuclei_d2.study.datasets import annotation_file
 from nuclei_d2.study.plan import Run, Study, changed_setting, load_run_config, settings
@@ -33,6 +32,7 @@ from nuclei_d2.study.schedule import (
 )
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
+from nuclei_d2.utils.hardware import usable_cores
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Small helpers that every part of the package shares: errors and files."""
+"""Small helpers that every part of the package shares: errors, files, hardware."""

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from detectron2.config import CfgNode
 
-from nuclei_d2.doctor import bfloat16_support
+from nuclei_d2.utils.hardware import bfloat16_support
 
 _logger = logging.getLogger(__name__)
 _AMPERE = (8, 0)  # compute capability of the first NVIDIA GPUs with bfloat16 (CUDA C++ Guide)

@@ -38,6 +38,7 @@ from nuclei_d2.data.datasets.sources import check_image_id
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path, write_json
+from nuclei_d2.utils.hardware import usable_cores
 
 T = TypeVar("T")
 
@@ -176,7 +177,7 @@ def prepare(
     prefix = f"{dataset}_{modality}" if by_modality and modality != "all" else dataset
     _check_other_splits(records, folder, prefix)
     work = partial(_prepare_image, folder=folder, modality=modality)
-    results = _run_parallel(work, records, workers or _usable_cores(), dataset, progress)
+    results = _run_parallel(work, records, workers or usable_cores(), dataset, progress)
     images = []
     for number, result in enumerate(results, start=1):
         if result is not None:
@@ -228,12 +229,6 @@ def _check_other_splits(records: Sequence[Record], folder: Path, prefix: str) ->
                     f"image {image_id} would be in {split_of[image_id.lower()]} and stands in "
                     f"{path} too; choose another name for the data set, or remove that file"
                 )
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _run_parallel(
