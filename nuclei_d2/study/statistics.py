@@ -130,7 +130,7 @@ def _boundary_ap(scores: Scores) -> np.ndarray:
 
 
 def _accuracy(scores: Scores) -> np.ndarray:
-    """Mean over IoU 0.50, 0.55 .. 0.90."""
+    """Mean over IoU 0.50, 0.55 .. 0.90, StarDist's thresholds (Schmidt et al., MICCAI 2018)."""
     values = [scores.at(("pooled", "accuracy", f"{t:.2f}")) for t in IOU_THRESHOLDS[:-1]]
     return np.mean(values, axis=0)
 
