@@ -1,6 +1,8 @@
 """Predict many images into one output folder: resumable, and shared by any number of processes."""
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -110,9 +112,10 @@ class FolderPrediction:
         changed = []
         for name in sorted(self.work.finished() & set(self.images)):
             path, record = self.images[name], self._read_record(name)
-            if record and Path(record["file"]).parts[-2:] != path.parts[-2:]:
+            if record and not _is_of(record, path):
+                of = record.get("file_path", record["file"])
                 raise NucleiError(
-                    f"{self.work.record_path(name)} is of {record['file']}, not of {path}; "
+                    f"{self.work.record_path(name)} is of {of}, not of {path.resolve()}; "
                     "name another --output"
                 )
             if _has_changed(path, record):
@@ -235,10 +238,11 @@ class FolderPrediction:
     def _write(self, pipeline: NucleiPipeline, name: str) -> dict[str, Any]:
         """Predict and write one image, whose claim this process holds; returns its record."""
         folder = self.output / "work" / name
-        version = file_version(self.images[name])  # before it is read: it may change meanwhile
+        identity = _identity(self.images[name])  # before it is read: it may change meanwhile
         with pipeline.open(self.images[name]) as source:
-            # Tiles of another version lie in another folder, and are never found.
-            nuclei, record = pipeline.find(source, folder / "{}_{}".format(*version.values()))
+            # Tiles of another file or version lie in another folder, and are never found.
+            digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            nuclei, record = pipeline.find(source, folder / digest[:16])
             pixel_size = pipeline.pixel_size_of(source)
             info = ImageInfo(source.path.name, source.read, source.channels, pixel_size)
             # Written aside: an interrupted writer leaves nothing among the results.
@@ -251,7 +255,7 @@ class FolderPrediction:
         thumbnail.replace(self.output / _THUMBNAILS / thumbnail.name)
         return {
             **record,
-            **version,
+            **identity,
             "outputs": [path.name for path in written],
             "thumbnail": f"{_THUMBNAILS}/{thumbnail.name}",
         }
@@ -312,8 +316,26 @@ class FolderPrediction:
                 )
 
 
+def _identity(path: Path) -> dict[str, Any]:
+    """What a record keeps of its image file, to know it again however it is named."""
+    return {"file_path": str(path.resolve()), **file_version(path)}
+
+
+def _is_of(record: dict[str, Any], path: Path) -> bool:
+    """Whether a record is of this file, in whatever version, and not of another of its name."""
+    if "file_path" not in record:  # of an earlier version: named from a folder that nobody knows
+        is_alike = Path(record["file"]).parts[-2:] == path.parts[-2:]
+        return is_alike and not _has_changed(path, record)
+    before, now = Path(record["file_path"]), path.resolve()
+    if before == now:
+        return True
+    # Moved, or mounted elsewhere: experiments like to have the same last folder, exp1/images.
+    is_alike = before.parts[-3:] == now.parts[-3:] and not _has_changed(now, record)
+    return is_alike and not os.path.exists(before)  # noqa: PTH110 - of others' folders raises
+
+
 def _has_changed(path: Path, record: dict[str, Any]) -> bool:
-    """Whether a file is not the one of the record; no, where either is unknown."""
+    """Whether a file is not in the version of the record; no, where either is unknown."""
     try:
         version = file_version(path)
     except OSError:

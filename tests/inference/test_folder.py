@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -139,8 +140,8 @@ def test_the_version_of_a_file_and_of_a_folder(tmp_path):
     assert (before["file_mtime_ns"], after["file_mtime_ns"]) == (4 * 10**18 + 1_000, 4 * 10**18)
 
 
-@pytest.mark.parametrize(("changed", "looked_at"), [(False, 1), (True, 2)])
-def test_tiles_of_another_version_are_not_used(images, tmp_path, monkeypatch, changed, looked_at):
+@pytest.mark.parametrize(("other", "looked_at"), [("", 1), ("version", 2), ("file", 2)])
+def test_tiles_of_another_image_are_not_used(images, tmp_path, monkeypatch, other, looked_at):
     find = NucleiPipeline._find_in_tile
     tiles = []
 
@@ -153,9 +154,13 @@ def test_tiles_of_another_version_are_not_used(images, tmp_path, monkeypatch, ch
     monkeypatch.setattr(NucleiPipeline, "_find_in_tile", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         run(prediction(images[:1], tmp_path, tile=64, overlap=0))
-    if changed:
-        os.utime(images[0], (1, 1))
-    run(prediction(images[:1], tmp_path, tile=64, overlap=0))
+    image = images[0]
+    if other == "version":
+        os.utime(image, (1, 1))
+    if other == "file":
+        image = tmp_path / image.name
+        shutil.copy2(images[0], image)
+    run(prediction([image], tmp_path, tile=64, overlap=0))
     assert len(tiles) == 2 + looked_at
     assert not (tmp_path / "out" / "work" / "a").exists()
 
@@ -259,15 +264,61 @@ def test_there_may_be_nothing_to_overwrite(images, tmp_path):
     assert len(run(folder)) == 1
 
 
-def test_another_image_of_the_same_name_is_no_repetition(images, tmp_path):
-    run(prediction(images[:1], tmp_path))
-    other = tmp_path / "elsewhere" / "a.png"
-    other.parent.mkdir()
-    other.write_bytes(images[0].read_bytes())
+@pytest.mark.parametrize("time", [1, 2])
+def test_another_image_of_the_same_name_is_no_repetition(images, tmp_path, time):
+    first, second = (tmp_path / name / "images" / "a.png" for name in ("exp1", "exp2"))
+    for path in (first, second):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(images[0].read_bytes())
+        os.utime(path, (1, 1))
+    run(prediction([first], tmp_path))
+    os.utime(second, (time, time))
+    with pytest.raises(NucleiError, match=r"is of .*exp1.*, not of .*exp2.*; name another --out"):
+        prediction([second], tmp_path).prepare()
+    first.unlink()  # too little is alike for a folder that was moved
     with pytest.raises(NucleiError, match="name another --output"):
-        prediction([other], tmp_path).prepare()
-    moved = Path("/mnt/other/drive") / "in" / "a.png"  # the same folder, mounted elsewhere
-    prediction([moved], tmp_path).prepare()
+        prediction([second], tmp_path).prepare()
+    assert len(list(tmp_path.glob("out/*_labels.tif"))) == 1
+
+
+def test_an_image_is_the_same_however_it_is_named(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "in")
+    run(prediction([Path("a.png")], tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("in")
+    for name in ("in/a.png", "in/../in/a.png", "link/a.png", images[0]):
+        assert run(prediction([Path(name)], tmp_path)) == []
+    os.utime(images[0], (1, 1))
+    assert prediction([Path("link/a.png")], tmp_path).prepare() == [Path("link/a.png")]
+
+
+def test_a_folder_that_was_moved_is_known_by_its_versions_and_names(images, tmp_path):
+    image = tmp_path / "disk" / "exp" / "in" / "a.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(images[0].read_bytes())
+    run(prediction([image], tmp_path))
+    shutil.copytree(tmp_path / "disk", tmp_path / "copy")
+    moved = tmp_path / "copy" / "exp" / "in" / "a.png"
+    with pytest.raises(NucleiError, match="name another --output"):  # both are there
+        prediction([moved], tmp_path).prepare()
+    image.unlink()
+    assert run(prediction([moved], tmp_path)) == []
+    os.utime(moved, (1, 1))
+    with pytest.raises(NucleiError, match="name another --output"):
+        prediction([moved], tmp_path).prepare()
+
+
+def test_a_record_without_the_absolute_path_is_current_but_never_replaced(images, tmp_path):
+    run(prediction(images[:1], tmp_path))
+    path = tmp_path / "out" / "records" / "a.json"
+    record = json.loads(path.read_text())
+    del record["file_path"]
+    path.write_text(json.dumps(record))
+    assert run(prediction(images[:1], tmp_path)) == []
+    os.utime(images[0], (1, 1))
+    with pytest.raises(NucleiError, match="name another --output"):
+        prediction(images[:1], tmp_path).prepare()
+    assert json.loads(path.read_text()) == record
 
 
 def test_a_folder_that_cannot_be_the_output(images, tmp_path):
