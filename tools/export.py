@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.image_io import read_image
-from nuclei_d2.inference.export import export_model
+from nuclei_d2.export.build import export_model
 from nuclei_d2.utils.errors import run_tool
 
 

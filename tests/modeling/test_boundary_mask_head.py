@@ -277,7 +277,7 @@ def test_inference_in_batches(build_head, monkeypatch):
     features, found = feature_maps(2), [detections(3), detections(2)]
     expected = head(features, found)
     maps = [torch.cat([x.pred_masks, x.pred_boundaries]) for x in expected]
-    monkeypatch.setattr(boundary_mask_head, "_INFERENCE_ROIS", 2)
+    monkeypatch.setattr(boundary_mask_head, "INFERENCE_ROIS", 2)
     for batched, reference in zip(head(features, found), maps, strict=True):
         batched = torch.cat([batched.pred_masks, batched.pred_boundaries])
         assert torch.allclose(batched, reference, atol=1e-6)

@@ -19,7 +19,7 @@ from nuclei_d2.layers.upsample import UpsamplePredictor
 from nuclei_d2.modeling.losses import bce_loss, boundary_dice_loss
 from nuclei_d2.utils.errors import NucleiError
 
-_INFERENCE_ROIS = 128  # in memory at a time
+INFERENCE_ROIS = 128  # in memory at a time
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -165,7 +165,7 @@ class BoundaryMaskHead(nn.Module):
                 {name: f[k : k + 1] for name, f in features.items()}, [Boxes(part)]
             )
             for k, x in enumerate(instances)
-            for part in x.pred_boxes.tensor.split(_INFERENCE_ROIS)
+            for part in x.pred_boxes.tensor.split(INFERENCE_ROIS)
         ]
         mask_logits, boundary_logits = (torch.cat(parts) for parts in zip(*logits, strict=True))
         return self.inference(mask_logits, boundary_logits, instances)
