@@ -2,7 +2,7 @@
 """Time the metrics side by side with StarDist's and Cellpose's, and COCO AP with pycocotools'.
 
 pip install --no-deps stardist cellpose csbdeep numba llvmlite fastremap fill-voids natsort
-tools/benchmark_metrics.py --output benchmark.json
+tools/benchmarks/benchmark_metrics.py --output benchmark.json
 
 Every number is CPU seconds of one thread, so that a busy machine does not blur the ratios.
 """

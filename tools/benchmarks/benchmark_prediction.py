@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Measure what tools/predict.py promises, with a model of your own: the tables of the docs.
 
-tools/benchmark_prediction.py tiling --config-file config.yaml --weights model_best.pth
-tools/benchmark_prediction.py empty --config-file ... --weights ...
-tools/benchmark_prediction.py unlike --config-file ... --weights ... \\
+tools/benchmarks/benchmark_prediction.py tiling --config-file config.yaml --weights model_best.pth
+tools/benchmarks/benchmark_prediction.py empty --config-file ... --weights ...
+tools/benchmarks/benchmark_prediction.py unlike --config-file ... --weights ... \\
     --datasets dsb2018_fluorescence_test dsb2018_histology_train
-tools/benchmark_prediction.py trust --config-file ... --weights ... \\
+tools/benchmarks/benchmark_prediction.py trust --config-file ... --weights ... \\
     --datasets dsb2018_fluorescence_val --tta
 
 tiling: a large generated image in tiles and as a whole. empty: nuclei found where there are none,

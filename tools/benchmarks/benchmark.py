@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure our way from image to metrics beside stock Detectron2's, stage by stage.
 
-tools/benchmark.py --output benchmark.json --plot benchmark.png
-tools/benchmark.py --config-file output/config.yaml --weights output/model_best.pth \\
+tools/benchmarks/benchmark.py --output benchmark.json --plot benchmark.png
+tools/benchmarks/benchmark.py --config-file output/config.yaml --weights output/model_best.pth \\
     --dataset dsb2018_fluorescence_test
 
 Both get the same images, weights and threads. Every measurement has a process of its own; memory is
@@ -111,7 +111,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if not sys.platform.startswith("linux"):
-        raise NucleiError("tools/benchmark.py measures memory in /proc, which only Linux has")
+        raise NucleiError("benchmark.py measures memory in /proc, which only Linux has")
     check_numbers(args)
     load_config(args.config_file)  # fail early
     limit = args.memory_limit * 1e9 if args.memory_limit else free_memory() / 2

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 from tiny import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "tools"))  # as for a script that lies there
+sys.path.insert(0, str(REPOSITORY / "tools" / "benchmarks"))  # as for a script that lies there
 import benchmark_metrics as tool
 
 from nuclei_d2.utils.errors import NucleiError

@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tiny import CONFIGS, REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "tools"))  # as for a script that lies there
+sys.path.insert(0, str(REPOSITORY / "tools" / "benchmarks"))  # as for a script that lies there
 import benchmark
 import benchmark_stages as stages
 from benchmark_stages import BOUNDARY, MIXED, OURS, PLAIN, STARDIST, STOCK, Job, Options

@@ -12,7 +12,7 @@ from tiny import CONFIGS, REPOSITORY
 
 from nuclei_d2.utils.errors import NucleiError
 
-sys.path.insert(0, str(REPOSITORY / "tools"))  # as for a script that lies there
+sys.path.insert(0, str(REPOSITORY / "tools" / "benchmarks"))  # as for a script that lies there
 import benchmark_prediction as tool
 
 

@@ -1,4 +1,4 @@
-"""What tools/benchmark.py measures: every stage by every rival, one measurement a process.
+"""What benchmark.py measures: every stage by every rival, one measurement a process.
 
 Apart from it, so that the measuring processes load this module only, without tables and plots.
 """

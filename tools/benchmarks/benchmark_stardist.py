@@ -1,4 +1,4 @@
-"""StarDist's side of tools/benchmark.py, run by an interpreter that has stardist and tensorflow.
+"""StarDist's side of benchmark.py, run by an interpreter that has stardist and tensorflow.
 
 Network, non-maximum suppression and label image, through StarDist's own ``predict_instances``. The
 network is StarDist's default with the 2 x 2 grid of its published nuclei models; it is not trained.
