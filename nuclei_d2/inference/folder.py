@@ -76,7 +76,7 @@ class FolderPrediction:
         self.cfg = cfg
         self.options = options
         self.output = output
-        self.formats = tuple(formats)
+        self.formats = tuple(dict.fromkeys(formats))  # each once
         self.images = dict(zip(unique_stems(images), images, strict=True))
         for name in self.formats:
             get_writer(name)

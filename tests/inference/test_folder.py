@@ -321,6 +321,12 @@ def test_a_record_without_the_absolute_path_is_current_but_never_replaced(images
     assert json.loads(path.read_text()) == record
 
 
+def test_a_format_that_is_given_twice_is_written_once(images, tmp_path):
+    (outcome,) = run(prediction(images[:1], tmp_path, formats=("csv", "labels", "csv")))
+    assert not outcome.failed
+    assert outcome.content["outputs"] == ["a.csv", "a_labels.tif"]
+
+
 def test_a_folder_that_cannot_be_the_output(images, tmp_path):
     with pytest.raises(NucleiError, match="where the images lie"):
         FolderPrediction(None, None, images, tmp_path / "in", ["labels"])
