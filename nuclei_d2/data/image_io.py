@@ -14,6 +14,7 @@ import tifffile
 from detectron2.config import CfgNode, configurable
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from nuclei_d2.data.ome_tiff import open_tiff
 from nuclei_d2.utils.errors import NucleiError
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -168,7 +169,7 @@ def _read_colour_png16(path: Path, has_grey_alpha: bool) -> np.ndarray:
 
 
 def _read_tiff(path: Path, as_grey_levels: bool) -> np.ndarray:
-    with tifffile.TiffFile(path) as tiff:
+    with open_tiff(path) as tiff:
         if len(tiff.series) != 1:
             raise NucleiError(f"{path}: holds {len(tiff.series)} images; save one image per file")
         series, page = tiff.series[0], tiff.pages.first

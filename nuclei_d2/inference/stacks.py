@@ -13,6 +13,7 @@ import tifffile
 import zarr
 
 from nuclei_d2.data.image_io import decoding, is_tiff, read_pixels, tiff_axes
+from nuclei_d2.data.ome_tiff import open_tiff
 from nuclei_d2.utils.errors import NucleiError
 
 # A TIFF up to this size is decoded at once.
@@ -114,7 +115,7 @@ def _choose_series(path: Path, names: Sequence[str], series: int | None) -> int:
 
 def _open_tiff(path: Path, series: int | None) -> Stack:
     with _whole_file(path):
-        tiff = tifffile.TiffFile(path)
+        tiff = open_tiff(path)
         try:
             return _tiff_stack(path, tiff, series)
         except BaseException:
@@ -169,7 +170,7 @@ def _tiff_stack(path: Path, tiff: tifffile.TiffFile, series: int | None) -> Stac
         tiff.close()
         return _picture(path, kind, **known)
     inverted = chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE
-    array = _tiff_array(path, chosen, index)
+    array = _tiff_array(path, tiff, chosen)
     return Stack(path, kind, array, tiff_axes(chosen), inverted=inverted, close=tiff.close, **known)
 
 
@@ -179,10 +180,11 @@ def _is_plane(series: tifffile.TiffPageSeries) -> bool:
     return set(sizes) <= set("YXS") and sizes.get("S", 3) in (3, 4)
 
 
-def _tiff_array(path: Path, series: tifffile.TiffPageSeries, index: int) -> Any:
+def _tiff_array(path: Path, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Any:
     """Memory-mapped where the pixels lie in the file as they are, else decoded by tile."""
     if series.dataoffset is not None and series.keyframe.is_memmappable:
-        return tifffile.memmap(path, series=index, mode="r")
+        dtype = np.dtype(tiff.byteorder + series.dtype.char)
+        return np.memmap(path, dtype, "r", series.dataoffset, series.shape)
     return zarr.open(series.aszarr(level=0), mode="r")
 
 
