@@ -193,7 +193,7 @@ def _tiff_metadata(
 ) -> tuple[tuple[str, ...], float | None, str]:
     """Channel names, pixel size in micrometres, and the latter in words."""
     if tiff.is_ome:
-        return _ome_metadata(tiff.ome_metadata, index)
+        return _ome_metadata(tiff, index)
     page = tiff.series[index].keyframe
     units = {2: "inch", 3: "cm"}
     unit = units.get(int(page.resolutionunit), "")
@@ -208,8 +208,14 @@ def _tiff_metadata(
     return (), *_square(size_y, size_x)
 
 
-def _ome_metadata(xml: str, index: int) -> tuple[tuple[str, ...], float | None, str]:
-    pixels = ElementTree.fromstring(xml).findall("{*}Image")[index].find("{*}Pixels")
+def _ome_metadata(
+    tiff: tifffile.TiffFile, index: int
+) -> tuple[tuple[str, ...], float | None, str]:
+    images = ElementTree.fromstring(tiff.ome_metadata).findall("{*}Image/{*}Pixels")
+    images = [pixels for pixels in images if pixels.find("{*}TiffData") is not None]
+    if len(images) != len(tiff.series):  # tifffile left one out, or found no metadata
+        return (), None, _UNKNOWN_SIZE
+    pixels = images[index]
     names = [c.get("Name") for c in pixels.findall("{*}Channel")]
     sizes = []
     for axis in "YX":

@@ -383,6 +383,40 @@ def test_pixel_size_of_ome_tiff(tmp_path, sizes, expected, words):
         assert words in source.description
 
 
+def write_ome_xml(path, images):
+    """GREY under OME-XML of one's own; {size of a pixel: what its image says of its planes}."""
+    parts = [
+        f'<Image ID="Image:{k}"><Pixels ID="Pixels:{k}" DimensionOrder="XYCZT" Type="uint16" '
+        f'SizeX="50" SizeY="40" SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="{size}" '
+        f'PhysicalSizeY="{size}"><Channel ID="Channel:{k}" Name="of {size} um"/>{planes}'
+        "</Pixels></Image>"
+        for k, (size, planes) in enumerate(images.items())
+    ]
+    schema = 'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
+    description = f"<OME {schema}>{''.join(parts)}</OME>"
+    tifffile.imwrite(path, GREY, description=description, metadata=None)
+    return path
+
+
+def test_metadata_are_those_of_the_image_whose_pixels_are_read(tmp_path):
+    images = {9.5: "<MetadataOnly/>", 0.5: '<TiffData IFD="0" PlaneCount="1"/>'}
+    with open_image(write_ome_xml(tmp_path / "a.ome.tif", images)) as source:
+        assert np.array_equal(source.read_all()[:, :, 0], GREY)
+        assert source.pixel_size == pytest.approx(0.5)
+        assert source.channels == ("of 0.5 um",)
+    images = {9.5: '<TiffData IFD="7" PlaneCount="1"/>', 0.5: '<TiffData IFD="0" PlaneCount="1"/>'}
+    refuse(write_ome_xml(tmp_path / "b.ome.tif", images), "truncated or damaged")
+
+
+def test_an_ome_tiff_whose_metadata_lie_elsewhere_is_a_picture(tmp_path):
+    schema = 'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
+    description = f'<OME {schema}><BinaryOnly MetadataFile="a.companion.ome" UUID="u:1"/></OME>'
+    tifffile.imwrite(tmp_path / "a.ome.tif", GREY, description=description, metadata=None)
+    with open_image(tmp_path / "a.ome.tif") as source:
+        assert np.array_equal(source.read_all()[:, :, 0], GREY)
+        assert source.description == "OME-TIFF YX 40x50 uint16: grey, pixel size unknown"
+
+
 @pytest.mark.parametrize(
     ("resolution", "unit", "expected"),
     [
