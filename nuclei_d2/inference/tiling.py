@@ -260,11 +260,12 @@ def save_result(path: Path, result: TileResult) -> None:
 
 
 def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
-    """What :func:`save_result` wrote for ``tile``; None without a file of this version."""
-    if not path.exists():
+    """What :func:`save_result` wrote for ``tile``; None without a whole file of this version."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except Exception:  # none, or damaged by a power cut: a ZIP may be wrong in many ways
         return None
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
     if "counts" not in arrays or len(arrays["rest"]) != _NUMBERS:
         return None
     boxes = arrays["boxes"]

@@ -228,6 +228,17 @@ def test_a_result_of_another_version_is_not_used(tmp_path):
         assert load_result(path, GRID.tiles[1], GRID) is None
 
 
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_damaged_result_is_not_used(tmp_path, kept, filled):
+    path = tmp_path / "a.npz"
+    save_result(path, TileResult(GRID.tiles[1], squares(GRID.size), 0, 0.0, False, 0, COUNTS))
+    content = path.read_bytes()
+    half = content[: int(kept * len(content))]
+    path.write_bytes(half + bytes(len(content) - len(half)) if filled else half)
+    assert load_result(path, GRID.tiles[1], GRID) is None
+
+
 def test_a_result_survives_its_file(tmp_path):
     rng = np.random.default_rng(0)
     masks = [BoxedMask(rng.random((h, w)) < 0.5, 5, 7) for h, w in [(3, 5), (1, 1), (8, 2)]]
