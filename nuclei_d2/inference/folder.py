@@ -27,7 +27,7 @@ from nuclei_d2.inference.work import SharedWork
 from nuclei_d2.inference.writers import get_writer, write_outputs
 from nuclei_d2.inference.writers.picture import write_thumbnail
 from nuclei_d2.utils.errors import NucleiError
-from nuclei_d2.utils.files import jsonable, write_json
+from nuclei_d2.utils.files import flush, jsonable, write_json
 
 # Where these differ, the results are the same. Of MODEL.WEIGHTS the content is compared.
 _FREE_KEYS = ("config.MODEL.DEVICE", "config.MODEL.WEIGHTS", "config.OUTPUT_DIR", "model.file")
@@ -107,7 +107,7 @@ class FolderPrediction:
             self._compare(before, jsonable(self._describe()))
         else:
             _ = self.pipeline  # a model that cannot be loaded leaves no folder
-            write_json(self._manifest, self._describe())
+            write_json(self._manifest, self._describe(), durable=True)
         self.work = SharedWork(self.output)
         changed = []
         for name in sorted(self.work.finished() & set(self.images)):
@@ -171,7 +171,8 @@ class FolderPrediction:
         for folder in (folder for pattern in _EMPTIED for folder in self.output.glob(pattern)):
             with suppress(OSError):  # with files of others
                 folder.rmdir()
-        write_json(self._manifest, described)  # without it the folder is that of others
+        # Without it the folder is that of others.
+        write_json(self._manifest, described, durable=True)
 
     @property
     def _manifest(self) -> Path:
@@ -249,6 +250,8 @@ class FolderPrediction:
             written = write_outputs(folder / "outputs", name, nuclei, info, self.formats)
             thumbnail = folder / "outputs" / f"{name}.webp"
             write_thumbnail(thumbnail, nuclei, info)
+        for path in (*written, thumbnail):  # a record promises that they are whole
+            flush(path)
         for path in written:
             path.replace(self.output / path.name)
         (self.output / _THUMBNAILS).mkdir(exist_ok=True)
@@ -294,7 +297,7 @@ class FolderPrediction:
         write_overview(self.output, contents, described)
         seconds = (finished - datetime.fromisoformat(described["started"])).total_seconds()
         described |= {"finished": finished.isoformat(timespec="seconds"), "seconds": seconds}
-        write_json(self._manifest, described)
+        write_json(self._manifest, described, durable=True)
         return summary
 
     def _describe(self) -> dict[str, Any]:

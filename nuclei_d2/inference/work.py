@@ -82,7 +82,7 @@ class SharedWork:
 
     def record(self, name: str, content: dict[str, Any]) -> None:
         """Say that the item is done."""
-        write_json(self.record_path(name), content)
+        write_json(self.record_path(name), content, durable=True)
         with suppress(FileNotFoundError):
             self.failure_path(name).unlink()
 

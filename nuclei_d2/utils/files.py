@@ -12,11 +12,14 @@ from nuclei_d2.utils.errors import NucleiError
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
     The temporary name keeps the suffix, since image writers choose the format by it. On any
     error the temporary file is removed and ``path`` stays as it was.
+
+    Args:
+        durable: the promise holds if the power fails, too; see :func:`flush`.
 
     Raises:
         NucleiError: the file cannot be written (disk full, no permission), named with the cause.
@@ -26,12 +29,26 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if durable:
+            flush(temporary)
         temporary.replace(path)
     except OSError as error:
         raise NucleiError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # it may never have come to be
             temporary.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content is on the disk: a power cut may leave a new name without it.
+
+    That takes below 1 ms on an idle disk, but 0.1 s and more on a busy one: not for every file.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -64,7 +81,9 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
-    """Write ``value`` as standard JSON (see :func:`jsonable`), atomically."""
-    with atomic_path(path) as temporary:
+def write_json(
+    path: str | os.PathLike, value: Any, indent: int | None = 2, durable: bool = False
+) -> None:
+    """Write ``value`` as standard JSON (see :func:`jsonable`) by :func:`atomic_path`."""
+    with atomic_path(path, durable) as temporary:
         temporary.write_text(json.dumps(jsonable(value), indent=indent, allow_nan=False) + "\n")

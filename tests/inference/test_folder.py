@@ -187,6 +187,18 @@ def test_a_writer_that_is_interrupted_leaves_nothing_among_the_results(
     assert not (out / "work" / "a").exists()
 
 
+def test_results_are_on_the_disk_before_the_record_is(images, tmp_path, monkeypatch):
+    synced = []
+
+    def sync(number):
+        synced.append((os.fstat(number).st_ino, (tmp_path / "out/records/a.json").exists()))
+
+    monkeypatch.setattr("os.fsync", sync)
+    run(prediction(images[:1], tmp_path))
+    names = "manifest.json", "a_labels.tif", "a.csv", "report/a.webp", "records/a.json"
+    assert synced == [((tmp_path / "out" / name).stat().st_ino, False) for name in names]
+
+
 def test_whatever_goes_wrong_with_one_image_the_others_go_on(images, tmp_path, monkeypatch):
     folder = prediction(images[:3], tmp_path)
     folder.prepare()

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -52,6 +53,18 @@ def test_the_temporary_file_keeps_the_suffix(tmp_path):
         assert temporary.suffix == ".png"
         temporary.write_bytes(b"x")
     assert (tmp_path / "a" / "image.png").read_bytes() == b"x"
+
+
+def test_a_durable_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.txt", []
+
+    def sync(number):
+        synced.append((os.fstat(number).st_ino, os.fstat(number).st_size, path.exists()))
+
+    monkeypatch.setattr("os.fsync", sync)
+    with atomic_path(path, durable=True) as temporary:
+        temporary.write_text("four")
+    assert synced == [(path.stat().st_ino, 4, False)]
 
 
 def test_json_takes_numpy_and_turns_what_json_has_no_word_for_into_null(tmp_path):
