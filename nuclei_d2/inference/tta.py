@@ -8,12 +8,7 @@ from detectron2.data import transforms as T
 
 from nuclei_d2.data.augmentation import Rotation90Transform
 from nuclei_d2.data.datasets.coco import BoxedMask, box_mask
-from nuclei_d2.inference.duplicates import (
-    DUPLICATE_IOU,
-    find_overlaps,
-    find_own_overlaps,
-    keep_best,
-)
+from nuclei_d2.inference.duplicates import DUPLICATE_IOU, find_own_overlaps, keep_best
 from nuclei_d2.inference.nuclei import Nuclei, concatenate, sort, take
 
 
@@ -64,13 +59,13 @@ def vote(views: Sequence[Nuclei]) -> Nuclei:
 
 def _gather(members: Nuclei, view_of: np.ndarray) -> list[list[int]]:
     """Groups of indices, at most one of each view, each index in one group."""
-    overlaps = find_overlaps(members, members)
+    overlaps = find_own_overlaps(members)
     similar = overlaps.iou >= DUPLICATE_IOU
-    best_first = np.argsort(-overlaps.iou[similar], kind="stable")
+    first, second = overlaps.first[similar], overlaps.second[similar]
+    a, b, iou = np.r_[first, second], np.r_[second, first], np.tile(overlaps.iou[similar], 2)
     partners: dict[int, list[int]] = {}
-    pairs = (overlaps.first[similar][best_first], overlaps.second[similar][best_first])
-    for a, b in zip(*(side.tolist() for side in pairs), strict=True):
-        partners.setdefault(a, []).append(b)
+    for k in np.lexsort((b, -iou)).tolist():
+        partners.setdefault(int(a[k]), []).append(int(b[k]))
     groups, free = [], np.ones(len(members), bool)
     for seed in np.argsort(-members.scores, kind="stable").tolist():
         if not free[seed]:

@@ -1,9 +1,14 @@
+import tracemalloc
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nuclei_d2.data.datasets.coco import BoxedMask, box_mask
+from nuclei_d2.inference.duplicates import DUPLICATE_IOU, find_overlaps
 from nuclei_d2.inference.nuclei import Nuclei
-from nuclei_d2.inference.tta import UPRIGHT, VIEWS, vote
+from nuclei_d2.inference.tta import UPRIGHT, VIEWS, _gather, vote
 
 SIZE = (60, 80)
 
@@ -70,6 +75,49 @@ def test_of_one_nucleus_or_two_the_more_frequent_stays():
     assert len(vote([whole] * 5 + [halves] * 3)) == 1
     assert len(vote([whole] * 3 + [halves] * 5)) == 2
     assert len(vote([whole] * 4 + [halves] * 4)) == 2  # equally often: the better scores
+
+
+def gathered_by_comparing_all(members, view_of):
+    """The rule as it is said: each nucleus against all, by the matrix of all pairs."""
+    overlaps = find_overlaps(members, members)
+    iou = np.zeros((len(members),) * 2)
+    iou[overlaps.first, overlaps.second] = overlaps.iou
+    groups, free = [], np.ones(len(members), bool)
+    for seed in np.argsort(-members.scores, kind="stable"):
+        if free[seed]:
+            group = {view_of[seed]: seed}
+            for k in np.argsort(-iou[seed], kind="stable"):
+                if free[k] and iou[seed, k] >= DUPLICATE_IOU:
+                    group.setdefault(view_of[k], k)
+            groups.append(list(group.values()))
+            free[groups[-1]] = False
+    return groups
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_groups_are_those_of_comparing_all(seed):
+    rng = np.random.default_rng(seed)
+    count = rng.integers(0, 40)
+    # Few places, sizes and scores: many overlaps, many of them the same.
+    masks = [
+        BoxedMask(np.ones(rng.integers(6, 9, 2), bool), *rng.integers(0, 8, 2).tolist())
+        for _ in range(count)
+    ]
+    members = Nuclei(masks, rng.integers(0, 4, count) / 4, SIZE)
+    view_of = np.sort(rng.integers(0, 8, count))
+    assert _gather(members, view_of) == gathered_by_comparing_all(members, view_of)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_nuclei():
+    """Of 8 x 400 nuclei all pairs would be 10 million."""
+    boxes = [(12 * (k // 20), 12 * (k % 20), 8, 0.5) for k in range(400)]
+    views = [squares(*boxes)] * 8
+    tracemalloc.start()
+    assert len(vote(views)) == 400
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 def test_measures_are_averaged():
