@@ -31,9 +31,9 @@ _BAND_ROWS, _BAND_PIXELS = 256, 1 << 22  # least rows (of whole tiles) and usual
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """Read a PNG, TIFF, JPEG or BMP image of 8 or 16 bits, grey or colour, at full bit depth.
 
-    Alpha is dropped, palettes are expanded, a 1-bit image becomes 0 and 255. A TIFF may hold
-    (H, W), (H, W, 3), (H, W, 4) or (3, H, W), in any integer or float type and compression, if it
-    says that the three are colours or channels.
+    Alpha is dropped, palettes are expanded (but for ImageJ's and OME's display LUTs), a 1-bit image
+    becomes 0 and 255. A TIFF may hold (H, W), (H, W, 3), (H, W, 4) or (3, H, W), in any integer or
+    float type and compression, if it says that the three are colours or channels.
 
     Returns:
         (H, W, C) float32 raw grey levels; C is 1 (grey) or 3 (RGB).
@@ -174,12 +174,18 @@ def _read_tiff(path: Path, as_grey_levels: bool) -> np.ndarray:
             raise NucleiError(f"{path}: holds {len(tiff.series)} images; save one image per file")
         series, page = tiff.series[0], tiff.pages.first
         array = _channels_last(series.asarray(), tiff_axes(series), path)
-        if as_grey_levels and array.ndim == 2 and page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        if as_grey_levels and array.ndim == 2 and has_palette(tiff, series):
             return np.moveaxis(page.colormap[:, array], 0, -1)
         is_inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         if as_grey_levels and is_inverted and array.dtype.kind in "bu":
             return ~array  # bool and unsigned integers: the largest value minus the pixel
     return array
+
+
+def has_palette(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> bool:
+    """Whether pixels are indices of colours. A LUT of ImageJ or OME only colours the display."""
+    is_lut = tiff.is_imagej or tiff.is_ome
+    return series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE and not is_lut
 
 
 def tiff_axes(series: tifffile.TiffPageSeries) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 import zarr
 
-from nuclei_d2.data.image_io import decoding, is_tiff, read_pixels, tiff_axes
+from nuclei_d2.data.image_io import decoding, has_palette, is_tiff, read_pixels, tiff_axes
 from nuclei_d2.data.ome_tiff import open_tiff
 from nuclei_d2.utils.errors import NucleiError
 
@@ -166,9 +166,15 @@ def _tiff_stack(path: Path, tiff: tifffile.TiffFile, series: int | None) -> Stac
         "pixel_note": note,
         "series": f"series {index} of {len(names)}" if len(names) > 1 else "",
     }
-    if len(names) == 1 and chosen.nbytes <= _SMALL and _is_plane(chosen):
+    is_plane = _is_plane(chosen)
+    if len(names) == 1 and chosen.nbytes <= _SMALL and is_plane:
         tiff.close()
         return _picture(path, kind, **known)
+    if is_plane and has_palette(tiff, chosen):
+        raise NucleiError(
+            f"{path}: the palette of a file this large, or of several images, is not read; "
+            "save it in RGB or grey levels"
+        )
     inverted = chosen.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE
     array = _tiff_array(path, tiff, chosen)
     return Stack(path, kind, array, tiff_axes(chosen), inverted=inverted, close=tiff.close, **known)
@@ -208,9 +214,7 @@ def _tiff_metadata(
     return (), *_square(size_y, size_x)
 
 
-def _ome_metadata(
-    tiff: tifffile.TiffFile, index: int
-) -> tuple[tuple[str, ...], float | None, str]:
+def _ome_metadata(tiff: tifffile.TiffFile, index: int) -> tuple[tuple[str, ...], float | None, str]:
     images = ElementTree.fromstring(tiff.ome_metadata).findall("{*}Image/{*}Pixels")
     images = [pixels for pixels in images if pixels.find("{*}TiffData") is not None]
     if len(images) != len(tiff.series):  # tifffile left one out, or found no metadata

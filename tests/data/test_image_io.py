@@ -87,6 +87,21 @@ def test_palette_is_expanded_for_images_and_kept_for_labels(tmp_path):
     assert np.array_equal(read_label(tmp_path / "a.png"), indices)
 
 
+@pytest.mark.parametrize("pixels", [GREY8, GREY16], ids=["8 bit", "16 bit"])
+def test_the_lut_of_imagej_only_colours_the_display(tmp_path, pixels):
+    """As Fiji saves a channel after Split Channels."""
+    levels = 2 ** (8 * pixels.itemsize)
+    green = np.zeros((3, levels), np.uint16)
+    green[1] = np.linspace(0, 65535, levels)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, pixels, photometric="palette", colormap=green, description="ImageJ=1.54f\n"
+    )
+    assert np.array_equal(read_image(path), pixels[:, :, None])
+    tifffile.imwrite(path, pixels, photometric="palette", colormap=green)
+    assert read_image(path).shape == (20, 30, 3)
+
+
 def test_grey_with_alpha_is_grey(tmp_path):
     picture = Image.merge("LA", [Image.fromarray(GREY8), Image.fromarray(255 - GREY8)])
     picture.save(tmp_path / "a.png")

@@ -139,6 +139,28 @@ def test_white_is_zero(tmp_path, monkeypatch):
     assert np.array_equal(read(tmp_path / "a.tif"), whole)
 
 
+LUT = np.zeros((3, 256), np.uint16)
+LUT[1] = 257 * np.arange(256)
+
+
+@pytest.mark.parametrize("small", [1 << 28, 0])
+@pytest.mark.parametrize("options", [{"imagej": True}, {"ome": True}])
+def test_the_lut_of_a_microscopy_file_only_colours_the_display(
+    tmp_path, monkeypatch, small, options
+):
+    monkeypatch.setattr("nuclei_d2.inference.stacks._SMALL", small)
+    grey = RGB[:, :, 0]
+    tifffile.imwrite(tmp_path / "a.tif", grey, photometric="palette", colormap=LUT, **options)
+    with open_image(tmp_path / "a.tif") as source:
+        assert np.array_equal(source.read_all()[:, :, 0], grey)
+        assert source.channels == ("grey",)
+
+
+def test_a_palette_too_large_to_expand_is_refused(tmp_path, windowed):
+    tifffile.imwrite(tmp_path / "a.tif", RGB[:, :, 0], photometric="palette", colormap=LUT)
+    refuse(tmp_path / "a.tif", "palette", "save it in RGB or grey levels")
+
+
 # --------------------------------------------------------------------- stacks
 
 
