@@ -14,6 +14,8 @@ FIRST = 10  # images to look at first
 PICTURE_BYTES = 6_000_000  # of the thumbnails on the page; a third more in its encoding
 LISTED = 2_000  # images without a picture that the page lists
 _REASONS = 300  # characters of a remark on the page
+# File names need not be UTF-8; what is none becomes \udce9 or the like.
+_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 def concern(content: Mapping[str, Any]) -> float:
@@ -79,7 +81,7 @@ def write_overview(
         table=TABLE,
     )
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, **_ENCODING)
 
 
 def _entry(name: str, content: Mapping[str, Any], picture: str) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _reasons(content: Mapping[str, Any]) -> list[str]:
 
 
 def _write_table(path: Path, order: Sequence[str], images: Mapping[str, Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", **_ENCODING) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "file", "concern", "nuclei", "quality", "remarks"])
         for name in order:

@@ -16,8 +16,10 @@ def run_tool(main: Callable[[], Any]) -> None:
     """Run a command-line tool's ``main``; every ``tools/`` and ``datasets/`` script ends in this.
 
     Exit status: 0, or ``main``'s own ``SystemExit``; 2 with one line on stderr for a
-    :class:`NucleiError`; 130 when interrupted.
+    :class:`NucleiError`; 130 when interrupted. What a terminal cannot show is escaped.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except NucleiError as error:

@@ -14,6 +14,7 @@ from nuclei_d2.config import load_config
 from nuclei_d2.inference import FolderPrediction, NucleiPipeline, PredictionOptions
 from nuclei_d2.inference.manifest import file_version
 from nuclei_d2.inference.work import SharedWork
+from nuclei_d2.inference.writers import FORMATS
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -197,6 +198,21 @@ def test_results_are_on_the_disk_before_the_record_is(images, tmp_path, monkeypa
     run(prediction(images[:1], tmp_path))
     names = "manifest.json", "a_labels.tif", "a.csv", "report/a.webp", "records/a.json"
     assert synced == [((tmp_path / "out" / name).stat().st_ino, False) for name in names]
+
+
+def test_a_name_that_is_no_utf8_stops_nothing(images, tmp_path):
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    try:
+        shutil.copy(images[0], image)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    folder = prediction([image], tmp_path, formats=FORMATS)
+    (outcome,) = run(folder)
+    assert not outcome.failed, outcome.content
+    assert folder.summarize()["done"] == 1
+    assert len(list(folder.output.glob("caf*"))) == len(FORMATS)
+    assert (folder.output / "report.html").exists()
+    assert run(prediction([image], tmp_path, formats=FORMATS)) == []
 
 
 def test_whatever_goes_wrong_with_one_image_the_others_go_on(images, tmp_path, monkeypatch):

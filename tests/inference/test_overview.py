@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -45,6 +46,16 @@ def test_failures_come_first_then_warnings_then_low_quality(tmp_path):
     assert "<script" not in page
     assert "default-src 'none'" in page
     assert "12 nuclei in 4 images" in page
+
+
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    failure = {"file": f"{name}.tif", "reason": f"{name}.tif: cut short"}
+    write_overview(tmp_path, {name: record(0.9), f"{name}_2": failure}, MANIFEST)
+    for file in ("report.html", overview.TABLE):
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert r"caf\udce9_2" in text
+        assert r"caf\udce9.tif: cut short" in text
 
 
 def test_one_is_singular(tmp_path):

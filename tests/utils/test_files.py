@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -89,3 +91,22 @@ def test_tools_end_in_one_line_and_a_status(capsys, error, code, message):
         run_tool(main)
     assert ended.value.code == code
     assert capsys.readouterr().err == message
+
+
+def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def main():
+        print(os.fsdecode(b"caf\xe9.tif"))
+        raise NucleiError(os.fsdecode(b"caf\xe9.tif: cut short"))
+
+    with pytest.raises(SystemExit):
+        run_tool(main)
+    printed = {}
+    for name, stream in streams.items():
+        stream.flush()
+        printed[name] = stream.buffer.getvalue()
+    expected = {"stdout": rb"caf\udce9.tif", "stderr": rb"error: caf\udce9.tif: cut short"}
+    assert printed == {name: line + b"\n" for name, line in expected.items()}
