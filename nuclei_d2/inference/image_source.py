@@ -118,8 +118,9 @@ def open_image(
     the one option that is given.
 
     Args:
-        channel: index or name (in any case) of the channel to look at; "rgb" takes a stack's
-            three channels as colours. Colours of a picture need no choice.
+        channel: index or name (in any case) of the channel to look at; an int, or a number of
+            which no channel has the name, is an index. "rgb" takes a stack's three channels as
+            colours. Colours of a picture need no choice.
         z: index of a plane, or "max" (default) for the maximum over all planes.
         time: index of a point in time.
         series: index of an image, where the file holds several; levels of a pyramid are none.
@@ -301,13 +302,20 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _find_channel(stack: Stack, names: Sequence[str], channel: int | str) -> int:
-    same = [k for k, name in enumerate(names) if name.lower() == str(channel).lower()]
-    if len(same) > 1:
+    is_name = isinstance(channel, str)
+    named = [k for k, name in enumerate(names) if is_name and name.lower() == channel.lower()]
+    numbered = [k for k in range(len(names)) if k == _as_index(channel)]
+    if len(named) > 1:
         raise NucleiError(
             f"{_describe(stack)}: several channels are called {channel!r}; choose a --channel by "
             f"its number ({_listed(names)})"
         )
-    number = same[0] if same else _as_index(channel)
-    if number is None or not 0 <= number < len(names):
+    meant = {*named, *numbered}
+    if len(meant) > 1:
+        raise NucleiError(
+            f"{_describe(stack)}: --channel {channel} is the number of one channel and the name of "
+            f"another; for the number write --channel 0{channel} ({_listed(names)})"
+        )
+    if not meant:
         raise NucleiError(f"{_describe(stack)}: no --channel {channel!r}; it has {_listed(names)}")
-    return number
+    return meant.pop()

@@ -198,6 +198,19 @@ def test_channels_of_one_name_are_told_apart_by_number(tmp_path):
     assert np.array_equal(read(path, channel=1)[:, :, 0], STACK[0, 1, 0])
 
 
+def test_a_number_is_an_index_and_never_a_guess(tmp_path):
+    names = {"Channel": {"Name": ["1", "2", "3"]}}
+    path = write_ome(tmp_path / "a.ome.tif", STACK[0, :, 0], "CYX", **names)
+    assert np.array_equal(read(path, channel=1)[:, :, 0], STACK[0, 1, 0])
+    refuse(path, "--channel 1 ", "number", "--channel 01", "0: 1, 1: 2, 2: 3", channel="1")
+    assert np.array_equal(read(path, channel="01")[:, :, 0], STACK[0, 1, 0])
+    assert np.array_equal(read(path, channel="0")[:, :, 0], STACK[0, 0, 0])
+    assert np.array_equal(read(path, channel="3")[:, :, 0], STACK[0, 2, 0])
+    names = {"Channel": {"Name": ["0", "1", "2"]}}
+    path = write_ome(tmp_path / "b.ome.tif", STACK[0, :, 0], "CYX", **names)
+    assert np.array_equal(read(path, channel="1")[:, :, 0], STACK[0, 1, 0])
+
+
 def test_imagej_hyperstack(tmp_path):
     array = STACK[:1, :2].transpose(0, 2, 1, 3, 4)  # ImageJ's order: T, Z, C
     tifffile.imwrite(
