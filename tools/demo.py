@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.formats.folder import image_key, labels_by_key
-from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
 from nuclei_d2.inference.duplicates import drop_duplicates
 from nuclei_d2.inference.inputs import find_images, is_image_name, unique_stems
 from nuclei_d2.inference.predictor import NucleiPredictor
@@ -138,12 +138,7 @@ def draw(
     boundaries: bool,
 ) -> np.ndarray:
     """The picture of one image: contours alone, or a panel with what else was asked for."""
-    background = stretch(
-        raw,
-        percentiles=cfg.INPUT.PERCENTILES,
-        noise_floor=cfg.INPUT.NOISE_FLOOR,
-        min_levels=cfg.INPUT.MIN_LEVELS,
-    )
+    background = stretch(raw, ImageNormalizer(cfg).range_of(raw))
     pictures = [
         (f"prediction: {len(instances)} nuclei", draw_contours(background, instances.pred_masks))
     ]

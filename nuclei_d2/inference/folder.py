@@ -18,6 +18,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from nuclei_d2.data.image_io import ContrastRange
 from nuclei_d2.inference.inputs import unique_stems
 from nuclei_d2.inference.manifest import file_version, manifest
 from nuclei_d2.inference.nuclei import ImageInfo
@@ -244,8 +245,14 @@ class FolderPrediction:
             # Tiles of another file or version lie in another folder, and are never found.
             digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
             nuclei, record = pipeline.find(source, folder / digest[:16])
-            pixel_size = pipeline.pixel_size_of(source)
-            info = ImageInfo(source.path.name, source.read, source.channels, pixel_size)
+            low, high = (record["contrast"][end] for end in ("low", "high"))
+            info = ImageInfo(
+                source.path.name,
+                source.read,
+                source.channels,
+                pipeline.pixel_size_of(source),
+                contrast=ContrastRange(low, high - low),
+            )
             # Written aside: an interrupted writer leaves nothing among the results.
             written = write_outputs(folder / "outputs", name, nuclei, info, self.formats)
             thumbnail = folder / "outputs" / f"{name}.webp"

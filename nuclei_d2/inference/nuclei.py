@@ -8,6 +8,7 @@ import numpy as np
 from detectron2.structures import Instances
 
 from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.data.image_io import ContrastRange
 from nuclei_d2.evaluation.nuclei_evaluation import instances_to_masks
 
 _DETECTRON2_FIELDS = {"pred_boxes", "scores", "pred_classes", "pred_masks", "pred_boundaries"}
@@ -174,6 +175,7 @@ class ImageInfo:
         channels: C names.
         pixel_size: side of a pixel in micrometres; None: unknown.
         image_id: COCO's id of the image.
+        contrast: grey levels that pictures show as black and white; None: chosen for the picture.
     """
 
     file_name: str
@@ -181,6 +183,7 @@ class ImageInfo:
     channels: tuple[str, ...]
     pixel_size: float | None = None
     image_id: int = 1
+    contrast: ContrastRange | None = None
 
     @classmethod
     def from_array(

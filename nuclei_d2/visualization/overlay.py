@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 
 from nuclei_d2.data.datasets.coco import BoxedMask, label_image_to_masks, split_masks
-from nuclei_d2.data.image_io import normalize
+from nuclei_d2.data.image_io import ContrastRange, contrast_range
 from nuclei_d2.structures import BoxedMasks, LabelMasks
 from nuclei_d2.structures.box_pairs import near_pairs
 
@@ -36,17 +36,19 @@ _NEIGHBOUR_DISTANCE = 6  # pixels between the boxes of two nuclei that need diff
 _SUBPIXEL_BITS = 4  # fractional bits of OpenCV's drawing coordinates
 
 
-def stretch(image: np.ndarray, **settings) -> np.ndarray:
+def stretch(image: np.ndarray, contrast: ContrastRange | None = None) -> np.ndarray:
     """Contrast-stretch a raw image for display, exactly as the network sees it.
 
     Args:
         image: (H, W, 1 or 3) float32 raw grey levels (grey or RGB).
-        settings: see :func:`nuclei_d2.data.image_io.normalize`.
+        contrast: grey levels that become black and white; None: those of the image by the default
+            settings of :func:`~nuclei_d2.data.image_io.contrast_range`.
 
     Returns:
         (H, W, 3) uint8.
     """
-    stretched = np.rint(normalize(image, **settings)).astype(np.uint8)
+    contrast = contrast or contrast_range(image)
+    stretched = np.rint(contrast.apply(image)).astype(np.uint8)
     return np.broadcast_to(stretched, (*image.shape[:2], 3)).copy()
 
 

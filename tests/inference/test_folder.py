@@ -215,6 +215,14 @@ def test_a_name_that_is_no_utf8_stops_nothing(images, tmp_path):
     assert run(prediction([image], tmp_path, formats=FORMATS)) == []
 
 
+def test_the_picture_has_the_contrast_of_the_network(images, tmp_path):
+    opts = ("INPUT.NOISE_FLOOR", "0.0", "INPUT.MIN_LEVELS", "1e9")  # everything is black
+    run(prediction(images[:1], tmp_path, formats=("overlay",), opts=opts))
+    for name in ("a_overlay.png", "report/a.webp"):
+        with Image.open(tmp_path / "out" / name) as file:
+            assert np.array(file).max() <= 2
+
+
 def test_whatever_goes_wrong_with_one_image_the_others_go_on(images, tmp_path, monkeypatch):
     folder = prediction(images[:3], tmp_path)
     folder.prepare()

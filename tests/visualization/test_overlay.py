@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nuclei_d2.data.image_io import contrast_range
 from nuclei_d2.structures import LabelMasks
 from nuclei_d2.visualization.overlay import (
     PALETTE,
@@ -36,7 +37,7 @@ def disc(size, centre, radius):
 
 def test_stretch_maps_the_percentiles_to_0_and_255():
     image = np.arange(101, dtype=np.float32).reshape(1, 101, 1) * 40  # 16-bit range
-    picture = stretch(image, percentiles=(10, 60), noise_floor=0, min_levels=0)
+    picture = stretch(image, contrast_range(image, (10, 60), noise_floor=0, min_levels=0))
     assert picture.dtype == np.uint8
     assert picture.shape == (1, 101, 3)
     expected = np.rint(np.clip((np.arange(101) - 10) / 50, 0, 1) * 255)
@@ -46,7 +47,7 @@ def test_stretch_maps_the_percentiles_to_0_and_255():
 def test_stretch_keeps_the_balance_of_colours():
     image = np.zeros((2, 2, 3), np.float32)
     image[0, 0] = (100, 50, 0)
-    picture = stretch(image, percentiles=(0, 100), noise_floor=0, min_levels=0)
+    picture = stretch(image, contrast_range(image, (0, 100), noise_floor=0, min_levels=0))
     assert picture[0, 0].tolist() == [255, 128, 0]
 
 

@@ -40,7 +40,7 @@ def write_thumbnail(path: str | os.PathLike, nuclei: Nuclei, image: ImageInfo) -
 def _draw(nuclei: Nuclei, image: ImageInfo, most: int) -> np.ndarray:
     """(h, w, 3) uint8, reduced by an integer factor to sides of up to ``most`` pixels."""
     factor = -(-max(nuclei.size) // most)
-    picture = stretch(_reduced_image(image, nuclei.size, factor))
+    picture = stretch(_reduced_image(image, nuclei.size, factor), image.contrast)
     return draw_contours(picture, _reduced_masks(nuclei, picture.shape[:2], factor))
 
 

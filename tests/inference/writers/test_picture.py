@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.data.image_io import ContrastRange
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.inference.writers import picture
 from nuclei_d2.inference.writers.picture import write_picture, write_thumbnail
@@ -21,6 +24,19 @@ def test_same_as_drawing_the_whole_image(tmp_path, monkeypatch):
         mask[boxed.window] = boxed.mask
     expected = draw_contours(stretch(image), stack)
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), expected)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_grey_levels_are_those_that_the_network_saw(tmp_path, monkeypatch, factor):
+    monkeypatch.setattr(picture, "MAX_SIDE", 64 // factor)
+    ramp = np.arange(64, dtype=np.float32).reshape(1, 64, 1).repeat(64, axis=0)
+    contrast = ContrastRange(16.0, 32.0)
+    image = replace(ImageInfo.from_array(ramp, "a"), contrast=contrast)
+    write_picture(tmp_path / "a.png", Nuclei.from_masks([], [], (64, 64)), image)
+    drawing = np.array(Image.open(tmp_path / "a.png"))
+    seen = ramp.reshape(64, -1, factor).mean(axis=2, keepdims=True)[::factor]
+    seen = np.rint(contrast.apply(seen)).astype(np.uint8).repeat(3, axis=2)
+    np.testing.assert_array_equal(drawing, draw_contours(seen, np.zeros((0, *seen.shape[:2]))))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
