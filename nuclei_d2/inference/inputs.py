@@ -1,10 +1,12 @@
 """Which images a command-line tool was asked to work on, and what it calls their results."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from nuclei_d2.data.datasets.sources import IMAGE_SUFFIXES
+from nuclei_d2.inference.stacks import has_zarr_metadata
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -12,8 +14,8 @@ def find_images(words: Sequence[str]) -> list[Path]:
     """The image files that files, folders and quoted glob patterns stand for, without repeats.
 
     A folder stands for the visible images directly in it, judged by :data:`IMAGE_SUFFIXES`, a file
-    for itself whatever its name, and a folder ``*.zarr`` for one image. ``**`` in a pattern matches
-    any depth.
+    for itself whatever its name, and a folder that is called ``*.zarr`` or has Zarr's metadata for
+    one image. ``**`` in a pattern matches any depth.
 
     Raises:
         NucleiError: a word that stands for no file.
@@ -47,20 +49,34 @@ def is_image_name(path: Path) -> bool:
 
 
 def _is_zarr(path: Path) -> bool:
-    return path.suffix.lower() == ".zarr" and path.name[0] != "." and path.is_dir()
+    if path.name.startswith(".") or not path.is_dir():
+        return False
+    return path.suffix.lower() == ".zarr" or has_zarr_metadata(path)
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:
     """The files' stems, each numbered (``cells_2``) where an earlier one has taken it.
 
-    Upper and lower case count as the same, as they do on some file systems.
+    An image inside a Zarr folder is called after the whole, too: ``plate_A_1_0``. Upper and lower
+    case count as the same, as they do on some file systems.
     """
     stems, taken = [], set()
     for path in paths:
-        stem, number = path.stem, 1
+        first = stem = _stem(path)
+        number = 1
         while stem.lower() in taken:
             number += 1
-            stem = f"{path.stem}_{number}"
+            stem = f"{first}_{number}"
         taken.add(stem.lower())
         stems.append(stem)
     return stems
+
+
+def _stem(path: Path) -> str:
+    if not path.is_dir():
+        return path.stem
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its name
+    whole = [parent for parent in path.parents if _is_zarr(parent)]
+    if not whole:
+        return path.stem
+    return "_".join([whole[-1].stem, *path.relative_to(whole[-1]).parts])

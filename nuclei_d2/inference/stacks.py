@@ -39,6 +39,7 @@ _MICROMETRES = {
 # A TIFF's resolution above this is that of a print or a screen (72 dpi: 353 um).
 _LARGEST_PIXEL = 10.0  # micrometres
 _VENDOR_SUFFIXES = (".czi", ".ims", ".lif", ".nd2", ".oib", ".oif", ".oir", ".vsi")
+_ZARR_METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 _UNKNOWN_SIZE = "pixel size unknown"
 
 
@@ -245,9 +246,14 @@ def _shape_words(axes: str, shape: Sequence[int]) -> str:
 # --------------------------------------------------------------------------- OME-Zarr
 
 
+def has_zarr_metadata(path: Path) -> bool:
+    """Whether a folder is a Zarr group or array, whatever its name."""
+    return any((path / name).is_file() for name in _ZARR_METADATA)
+
+
 def _open_zarr(path: Path, series: int | None) -> Stack:
     """The full resolution of an OME-Zarr image (OME-NGFF 0.1 to 0.5), or a plain Zarr array."""
-    if not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
+    if not has_zarr_metadata(path):
         raise NucleiError(f"{path}: a folder, and no OME-Zarr image; name the image files in it")
     node = zarr.open(str(path), mode="r")
     if isinstance(node, zarr.Array):
@@ -270,14 +276,24 @@ def _zarr_images(path: Path, group: zarr.Group) -> list[tuple[str, zarr.Group]]:
     attributes = _ome_attributes(group)
     if "multiscales" in attributes:
         return [(path.name, group)]
-    if "plate" in attributes or "well" in attributes:
-        raise NucleiError(f"{path}: a plate or well; name one image in it, such as {path}/A/1/0")
+    if "plate" in attributes:
+        raise _not_one_image(path, "plate", f"{_first(attributes['plate'], 'wells', 'A/1')}/0")
+    if "well" in attributes:
+        raise _not_one_image(path, "well", _first(attributes["well"], "images", "0"))
     inside = sorted((name for name in group if name.isdecimal()), key=int)
     images = [(name, group[name]) for name in inside]
     images = [(n, g) for n, g in images if isinstance(g, zarr.Group)]
     if not images:
         raise NucleiError(f"{path}: no OME-Zarr image, it has no multiscales metadata")
     return images
+
+
+def _first(parts: dict[str, Any], key: str, default: str) -> str:
+    return next((part["path"] for part in parts.get(key, ())), default)
+
+
+def _not_one_image(path: Path, kind: str, example: str) -> NucleiError:
+    return NucleiError(f"{path}: a {kind}; name one image in it, such as {path}/{example}")
 
 
 def _multiscale_stack(path: Path, group: zarr.Group, series: str) -> Stack:

@@ -384,6 +384,15 @@ def test_folders_that_are_no_image(tmp_path):
     refuse(tmp_path / "a.zarr", "no multiscales metadata")
     zarr.open_group(tmp_path / "b.zarr", mode="w", zarr_format=2).attrs["plate"] = {}
     refuse(tmp_path / "b.zarr", "name one image in it")
+    zarr.open_group(tmp_path / "p.zarr", mode="w", zarr_format=2).attrs["plate"] = {
+        "wells": [{"path": "C/4"}]
+    }
+    refuse(tmp_path / "p.zarr", "name one image in it", f"{tmp_path}/p.zarr/C/4/0")
+    well = zarr.open_group(tmp_path / "p.zarr/C/4", mode="w", zarr_format=2)
+    well.attrs["well"] = {"images": [{"path": "2"}]}
+    refuse(tmp_path / "p.zarr/C/4", "name one image in it", f"{tmp_path}/p.zarr/C/4/2")
+    field = write_zarr(tmp_path / "p.zarr/C/4/2", GREY, "yx")
+    assert np.array_equal(read(field)[:, :, 0], GREY)
     zarr.save(tmp_path / "c.zarr", GREY)
     assert np.array_equal(read(tmp_path / "c.zarr")[:, :, 0], GREY)
     refuse(write_zarr(tmp_path / "d.zarr", STACK[0], "yx"), "wrong axes: YX")
