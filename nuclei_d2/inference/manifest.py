@@ -22,20 +22,19 @@ def manifest(
     config: Any,
     settings: Mapping[str, Any],
     started: datetime,
-    finished: datetime | None = None,
 ) -> dict[str, Any]:
-    """Describe one run for ``manifest.json``.
+    """Describe a run that begins, for ``manifest.json``.
 
     Args:
         model_file: the weights; None: the model has none.
         config: as a dict or its YAML text.
         settings: the command's arguments.
         started: time zone aware.
-        finished: likewise; None: the run goes on.
 
     Returns:
         JSON-able: "model" ("file", "sha256"), "config", "settings", "versions" (installed
-        packages by module), "host", and "started", "finished" (ISO 8601, UTC) and "seconds".
+        packages by module), "host", "started" (ISO 8601, UTC), and "finished" and
+        "seconds", which are None.
 
     Raises:
         NucleiError: the weights cannot be read.
@@ -46,9 +45,9 @@ def manifest(
         "settings": dict(settings),
         "versions": versions(),
         "host": host(),
-        "started": _iso(started),
-        "finished": _iso(finished) if finished else None,
-        "seconds": (finished - started).total_seconds() if finished else None,
+        "started": started.astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "finished": None,
+        "seconds": None,
     }
 
 
@@ -109,7 +108,3 @@ def host() -> dict[str, Any]:
         "cores": usable_cores(),
         "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
     }
-
-
-def _iso(time: datetime) -> str:
-    return time.astimezone(timezone.utc).isoformat(timespec="seconds")

@@ -67,26 +67,21 @@ def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
 def draw_contours(
     picture: np.ndarray,
     masks: torch.Tensor | np.ndarray | LabelMasks | BoxedMasks,
-    colors: np.ndarray | None = None,
     *,
     line_width: float | None = None,
-    fill_alpha: float = 0.0,
     factor: int | None = None,
 ) -> np.ndarray:
     """Enlarge ``picture`` and draw the outline of every nucleus in it, anti-aliased.
 
     A line runs inside its nucleus, along the edge of its pixels, so two nuclei that touch keep a
-    line each.
+    line each. Those close to each other differ in colour, see :func:`neighbour_colors`.
 
     Args:
         picture: (H, W, 3) uint8.
         masks: bool (N, H, W), :class:`LabelMasks` or :class:`BoxedMasks`, or a label image (H, W)
             of integers with 0 as background. Nuclei may overlap: later ones are drawn over
             earlier ones.
-        colors: (N, 3) uint8, in the masks' order (of labels: ascending); None: see
-            :func:`neighbour_colors`.
         line_width: pixels of the enlarged picture, in steps of 1/2; None: by ``factor``.
-        fill_alpha: opacity of the interior, 0..1.
         factor: enlargement; None: :func:`enlargement` of the picture's size.
 
     Returns:
@@ -97,15 +92,14 @@ def draw_contours(
     """
     height, width = picture.shape[:2]
     crops = _to_crops(masks, (height, width))
-    if colors is None:
-        colors = neighbour_colors(np.array([_box(crop) for crop in crops]).reshape(-1, 4))
+    colors = neighbour_colors(np.array([_box(crop) for crop in crops]).reshape(-1, 4))
     factor = factor or enlargement(height, width)
     if line_width is None:
         line_width = 1.0 + 0.25 * (factor - 1)
     drawing = enlarge(picture, factor)
     for crop, color in zip(crops, colors, strict=True):
         if crop.mask.size:
-            _blend(drawing, crop, color, factor, line_width, fill_alpha)
+            _blend(drawing, crop, color, factor, line_width)
     return drawing
 
 
@@ -132,29 +126,24 @@ def neighbour_colors(boxes: np.ndarray) -> np.ndarray:
     return PALETTE[np.array(chosen, np.intp)]
 
 
-def draw_boundaries(
-    boundaries: BoxedMasks | torch.Tensor | np.ndarray,
-    colormap: str = "inferno",
-    factor: int | None = None,
-) -> np.ndarray:
+def draw_boundaries(boundaries: BoxedMasks | torch.Tensor | np.ndarray) -> np.ndarray:
     """A heat map of the predicted boundary: at each pixel the largest value of all nuclei.
 
     Args:
         boundaries: uint8, probability x 255: ``Instances.pred_boundaries``, or (N, H, W).
-        colormap: a perceptually uniform colour map of matplotlib.
-        factor: enlargement; None: :func:`enlargement` of the map's size.
 
     Returns:
-        (factor H, factor W, 3) uint8; 0 and 255 are the ends of the colour map.
+        (factor H, factor W, 3) uint8, enlarged by :func:`enlargement`; 0 and 255 are the ends of
+        matplotlib's colour map "inferno".
     """
     height, width = boundaries.shape[1:]
     highest = np.zeros((height, width), np.uint8)
     for top, left, values in _windows(boundaries):
         window = highest[top : top + values.shape[0], left : left + values.shape[1]]
         np.maximum(window, values, out=window)
-    colors = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
+    colors = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
     # Values are enlarged before they are coloured: mixed colours would lie off the colour map.
-    return colors[enlarge(highest, factor or enlargement(height, width))]
+    return colors[enlarge(highest, enlargement(height, width))]
 
 
 def panel(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -209,12 +198,7 @@ def _windows(
 
 
 def _blend(
-    drawing: np.ndarray,
-    crop: BoxedMask,
-    color: np.ndarray,
-    factor: int,
-    line_width: float,
-    fill_alpha: float,
+    drawing: np.ndarray, crop: BoxedMask, color: np.ndarray, factor: int, line_width: float
 ) -> None:
     """Draw one nucleus into ``drawing``, in place."""
     outlines = _outlines(crop.mask, factor)
@@ -224,7 +208,7 @@ def _blend(
     # The inner half of a line of twice the width.
     thickness = max(1, round(2 * line_width))
     cv2.polylines(line, outlines, True, 255, thickness, cv2.LINE_AA, _SUBPIXEL_BITS)
-    opacity = np.minimum(inside, np.maximum(line, fill_alpha * inside)) / np.float32(255)
+    opacity = np.minimum(inside, line) / np.float32(255)
     left, top, right, bottom = (factor * edge for edge in _box(crop))
     region = drawing[top:bottom, left:right]
     region[:] = np.rint(region + opacity[:, :, None] * (color - region.astype(np.float32)))

@@ -17,7 +17,7 @@ from nuclei_d2.visualization.overlay import (
     stretch,
 )
 
-RED, GREEN = (255, 0, 0), (0, 255, 0)
+FIRST, SECOND = PALETTE[:2].tolist()  # colours of two nuclei that lie close to each other
 
 
 def black(height, width):
@@ -65,9 +65,7 @@ def test_small_images_are_enlarged_by_an_integer_to_a_thousand_pixels(size, fact
 
 def test_the_line_runs_along_the_inner_edge():
     mask = bitmap(12, 12, slice(4, 8), slice(4, 8))
-    drawn = draw_contours(
-        black(12, 12), mask[None], colors=np.array([RED], np.uint8), line_width=3, factor=10
-    )
+    drawn = draw_contours(black(12, 12), mask[None], line_width=3, factor=10)
     touched = drawn.any(axis=2)
     assert not touched[:40].any()
     assert not touched[80:].any()
@@ -75,16 +73,14 @@ def test_the_line_runs_along_the_inner_edge():
     assert not touched[:, 80:].any()
     assert not touched[48:72, 48:72].any()  # the interior
     for y, x in [(41, 60), (78, 60), (60, 41), (60, 78)]:  # the middles of the four sides
-        assert drawn[y, x].tolist() == list(RED)
+        assert drawn[y, x].tolist() == FIRST
 
 
 def test_touching_nuclei_keep_a_line_each():
     masks = np.stack([bitmap(10, 20, slice(2, 8), slice(s, s + 6)) for s in (3, 9)])
-    drawn = draw_contours(
-        black(10, 20), masks, colors=np.array([RED, GREEN], np.uint8), line_width=2, factor=8
-    )
-    assert drawn[40, 70].tolist() == list(RED)  # the common edge lies at x = 72
-    assert drawn[40, 73].tolist() == list(GREEN)
+    drawn = draw_contours(black(10, 20), masks, line_width=2, factor=8)
+    assert drawn[40, 70].tolist() == FIRST  # the common edge lies at x = 72
+    assert drawn[40, 73].tolist() == SECOND
 
 
 def test_every_form_of_masks_gives_the_same_picture():
@@ -135,21 +131,19 @@ def test_input_is_left_alone_and_empty_masks_draw_nothing():
 def test_a_nucleus_of_one_pixel_is_seen_wherever_it_lies(where, factor):
     mask = np.zeros((1, 10, 10), bool)
     mask[0][where] = True
-    drawn = draw_contours(black(10, 10), mask, colors=np.array([RED], np.uint8), factor=factor)
+    drawn = draw_contours(black(10, 10), mask, factor=factor)
     y, x = (slice(factor * k, factor * (k + 1)) for k in where)
     assert drawn[y, x, 0].max() > 60
     drawn[y, x] = 0
     assert not drawn.any()
 
 
-def test_fill_covers_the_nucleus_but_not_its_hole():
+def test_a_wide_line_covers_the_nucleus_but_not_its_hole():
     mask = disc(80, (40, 40), 30) & ~disc(80, (40, 40), 12)
-    colors = np.array([(200, 100, 0)], np.uint8)
-    drawn = draw_contours(black(80, 80), mask[None], colors=colors, fill_alpha=0.5, factor=4)
-    assert drawn[4 * 40, 4 * 62].tolist() == [100, 50, 0]
+    drawn = draw_contours(black(80, 80), mask[None], line_width=4 * 18, factor=4)
+    assert drawn[4 * 40, 4 * 62].tolist() == FIRST
     assert not drawn[4 * 40, 4 * 40].any()
-    opaque = draw_contours(black(80, 80), mask[None], colors=colors, fill_alpha=1.0, factor=4)
-    covered = opaque[:, :, 0].sum() / 200 / 16  # in pixels of the image
+    covered = drawn[:, :, 0].sum() / FIRST[0] / 16  # in pixels of the image
     assert covered == pytest.approx(mask.sum(), rel=0.03)
 
 
@@ -209,16 +203,16 @@ def test_all_colours_are_used_where_nuclei_are_far_apart():
 
 
 def test_boundary_map_shows_the_maximum_over_nuclei():
-    boundaries = torch.zeros(2, 3, 4, dtype=torch.uint8)
+    boundaries = torch.zeros(2, 3, 1000, dtype=torch.uint8)  # as wide as is not enlarged
     boundaries[0, 1, 1], boundaries[1, 1, 1], boundaries[1, 2, 3] = 40, 200, 255
     colors = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
-    drawn = draw_boundaries(boundaries, factor=1)
-    assert drawn.shape == (3, 4, 3)
+    drawn = draw_boundaries(boundaries)
+    assert drawn.shape == (3, 1000, 3)
     assert drawn[1, 1].tolist() == colors[200].tolist()
     assert drawn[2, 3].tolist() == colors[255].tolist()
     assert drawn[0, 0].tolist() == colors[0].tolist()
-    empty = draw_boundaries(torch.zeros(0, 3, 4, dtype=torch.uint8), factor=2)
-    assert empty.shape == (6, 8, 3)
+    empty = draw_boundaries(torch.zeros(0, 3, 500, dtype=torch.uint8))
+    assert empty.shape == (6, 1000, 3)
     assert (empty == colors[0]).all()
 
 
