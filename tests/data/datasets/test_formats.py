@@ -355,6 +355,19 @@ def test_folder_of_cellpose(tmp_path):
     assert masks_of(run(listing, tmp_path), "set_train")["a.png"] == LABEL_MASKS
 
 
+def test_label_images_named_after_the_whole_name_of_the_image(tmp_path):
+    names = ["a_img.png", "a_img_cp_masks.png", "b_img.png", "b_img_masks.png"]
+    both = save(tmp_path / "both", dict.fromkeys(names, png(LABELS)))
+    listing = list_folder(both, both, train)
+    assert {r.image_id: r.image.name for r in listing.records} == {
+        "a": "a_img.png",
+        "b": "b_img.png",
+    }
+    images = save(tmp_path / "images", {"a_img.png": png(GREY)})
+    labels = save(tmp_path / "labels", {"a_img.png": png(LABELS)})
+    assert [r.image_id for r in list_folder(images, labels, train).records] == ["a"]
+
+
 def test_folder_errors(tmp_path):
     images = save(tmp_path / "images", {"a.png": png(GREY)})
     for number, (files, message) in enumerate(

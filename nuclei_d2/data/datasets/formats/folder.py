@@ -23,7 +23,7 @@ def list_folder(
     split: Callable[[str], str],
     modality: str | None = None,
 ) -> Listing:
-    """Pair images and label images by stem, after removing ``_img``, ``_masks``, ``_cp_masks``.
+    """Pair images and label images by stem, without ``_masks`` or ``_cp_masks`` and ``_img``.
 
     Both may lie in one folder, where the label images are those that end in ``_masks``.
     Images without a label image are left out.
@@ -64,14 +64,20 @@ def labels_by_key(files: Iterable[F], among_images: bool) -> dict[str, F]:
     """:func:`image_key` of the image -> its label image.
 
     Args:
-        files: label images; ``_masks`` or ``_cp_masks`` ends their stems, or nothing.
+        files: label images; their stems are those of the images, with or without ``_img``, and
+            then ``_masks``, ``_cp_masks`` or nothing.
         among_images: the files are images, too, so only those with such an ending count.
 
     Raises:
         NucleiError: two files stand for one image.
     """
     labels = [file for file in files if not among_images or _is_label(file)]
-    return _by_stem(labels, lambda file: _remove_ending(file.stem, _LABEL_ENDINGS))
+    return _by_stem(labels, _label_key)
+
+
+def _label_key(file: PurePath | SourceFile) -> str:
+    """Some label images are named after the image with its ending: ``a_img_cp_masks``."""
+    return _remove_ending(_remove_ending(file.stem, _LABEL_ENDINGS), _IMAGE_ENDINGS)
 
 
 def _is_label(file: F) -> bool:
