@@ -40,8 +40,8 @@ class NucleiCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``, then the name of it as the last checkpoint.
 
-        Both replace the old file in one step, so that a full disk or a killed process leaves
-        the last good state.
+        Both replace the old file in one step, so that a full disk, a killed process or a power cut
+        leaves the last good state.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -50,7 +50,7 @@ class NucleiCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
-        with atomic_path(path) as temporary:
+        with atomic_path(path, durable=True) as temporary:
             _save_or_os_error(data, temporary)
         self.tag_last_checkpoint(path.name)
 
