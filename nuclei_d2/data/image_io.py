@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from nuclei_d2.data.ome_tiff import open_tiff
 from nuclei_d2.utils.errors import NucleiError
 
+_ALPHA = ((tifffile.EXTRASAMPLE.ASSOCALPHA,), (tifffile.EXTRASAMPLE.UNASSALPHA,))
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Immerkaer's noise mask: the difference of two Laplacians, zero on any quadratic surface.
 _NOISE_MASK = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
@@ -32,8 +33,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """Read a PNG, TIFF, JPEG or BMP image of 8 or 16 bits, grey or colour, at full bit depth.
 
     Alpha is dropped, palettes are expanded (but for ImageJ's and OME's display LUTs), a 1-bit image
-    becomes 0 and 255. A TIFF may hold (H, W), (H, W, 3), (H, W, 4) or (3, H, W), in any integer or
-    float type and compression, if it says that the three are colours or channels.
+    becomes 0 and 255. A TIFF may hold (H, W), (H, W, 3) or (3, H, W), in any integer or float type
+    and compression, if it says that the three are colours or channels.
 
     Returns:
         (H, W, C) float32 raw grey levels; C is 1 (grey) or 3 (RGB).
@@ -189,9 +190,13 @@ def has_palette(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> boo
 
 
 def tiff_axes(series: tifffile.TiffPageSeries) -> str:
-    """The axes of a TIFF's image. Samples of a pixel (S) that are no colours are channels (C)."""
-    colours = tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR
-    if "C" in series.axes or series.keyframe.photometric in colours:
+    """The axes of a TIFF's image, in which S stands for the samples of a pixel: two are grey and
+    alpha, three are colours, a fourth is their alpha. Others are channels (C).
+    """
+    page = series.keyframe
+    is_colour = page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+    has_alpha = page.samplesperpixel == 2 and page.extrasamples in _ALPHA
+    if "C" in series.axes or is_colour or has_alpha:
         return series.axes
     return series.axes.replace("S", "C")
 
@@ -206,10 +211,12 @@ def _channels_last(array: np.ndarray, axes: str, path: Path) -> np.ndarray:
         raise NucleiError(f"{path}: pixels of type {array.dtype} are no grey levels")
     if array.ndim == 2:
         return array
-    if (axes == "YXS" and array.shape[2] in (3, 4)) or (axes == "YXC" and array.shape[2] == 3):
-        return array
-    if axes in ("SYX", "CYX") and array.shape[0] == 3:
-        return np.moveaxis(array, 0, -1)
+    is_first = axes in ("SYX", "CYX")
+    pixels, order = (np.moveaxis(array, 0, -1), f"YX{axes[0]}") if is_first else (array, axes)
+    if order == "YXS" and pixels.shape[2] == 2:  # the second is alpha
+        return pixels[:, :, 0]
+    if (order == "YXS" and pixels.shape[2] in (3, 4)) or (order == "YXC" and pixels.shape[2] == 3):
+        return pixels
     raise NucleiError(
         f"{path}: shape {array.shape} with axes {axes} is not one grey or RGB image; "
         "save one plane or channel per file, or colours as RGB"

@@ -286,6 +286,8 @@ def _select_channel(
 def _channel_names(stack: Stack, sizes: dict[str, int], axis: str | None) -> tuple[str, ...]:
     if axis == "S" and sizes["S"] in (3, 4):  # the fourth is alpha
         return _COLOURS
+    if axis == "S" and sizes["S"] == 2:  # the second is alpha
+        return ("grey",)
     count = sizes[axis] if axis else 1
     if len(stack.channel_names) == count and axis != "S":
         return stack.channel_names

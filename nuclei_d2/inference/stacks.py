@@ -184,7 +184,7 @@ def _tiff_stack(path: Path, tiff: tifffile.TiffFile, series: int | None) -> Stac
 def _is_plane(series: tifffile.TiffPageSeries) -> bool:
     """Whether it is one grey or colour picture, which needs no choice."""
     sizes = dict(zip(tiff_axes(series), series.shape, strict=True))
-    return set(sizes) <= set("YXS") and sizes.get("S", 3) in (3, 4)
+    return set(sizes) <= set("YXS") and sizes.get("S", 3) in (2, 3, 4)
 
 
 def _tiff_array(path: Path, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Any:

@@ -108,6 +108,25 @@ def test_grey_with_alpha_is_grey(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png"), GREY8[:, :, None])
 
 
+@pytest.mark.parametrize("alpha", ["assocalpha", "unassalpha"])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_transparency_of_a_grey_tiff_is_dropped(tmp_path, alpha, planar, photometric):
+    pixels = np.dstack([GREY8, 255 - GREY8])
+    pixels = np.moveaxis(pixels, 2, 0) if planar == "separate" else pixels
+    options = {"photometric": photometric, "planarconfig": planar, "extrasamples": [alpha]}
+    path = write(tmp_path / "a.tif", pixels, **options)
+    expected = GREY8 if photometric == "minisblack" else 255 - GREY8
+    assert np.array_equal(read_image(path), expected[:, :, None])
+    assert np.array_equal(read_label(path), GREY8)
+
+
+def test_transparency_of_a_planar_rgb_tiff_is_dropped(tmp_path):
+    planes = np.ascontiguousarray(RGBA16.transpose(2, 0, 1))
+    path = write(tmp_path / "a.tif", planes, photometric="rgb", planarconfig="separate")
+    assert np.array_equal(read_image(path), RGB16)
+
+
 def test_white_is_zero_tiff_is_inverted(tmp_path):
     path = write(tmp_path / "a.tif", GREY8, photometric="miniswhite")
     assert np.array_equal(read_image(path)[:, :, 0], 255 - GREY8)

@@ -245,6 +245,20 @@ def test_samples_that_are_no_colours_are_channels(tmp_path, windowed):
     assert np.array_equal(read(path, channel=3)[:, :, 0], pixels[:, :, 3])
 
 
+@pytest.mark.parametrize("small", [1 << 28, 0])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_transparency_is_dropped(tmp_path, monkeypatch, small, planar, colours):
+    monkeypatch.setattr("nuclei_d2.inference.stacks._SMALL", small)
+    pixels = np.dstack([RGB[:, :, :colours], 255 - RGB[:, :, 0]])
+    pixels = np.moveaxis(pixels, 2, 0) if planar == "separate" else pixels
+    options = {"photometric": "rgb" if colours == 3 else "minisblack", "planarconfig": planar}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, extrasamples=["unassalpha"], **options)
+    with open_image(tmp_path / "a.tif") as source:
+        assert np.array_equal(source.read_all(), RGB[:, :, :colours])
+        assert source.channels == (("red", "green", "blue") if colours == 3 else ("grey",))
+
+
 def test_an_axis_without_a_meaning_takes_it_from_the_option(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK[0, 0], photometric="minisblack")
     refuse(tmp_path / "a.tif", "QYX", "4x40x50", "ambiguous", "--channel", "--z max")
