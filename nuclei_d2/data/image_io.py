@@ -123,10 +123,14 @@ def is_tiff(path: Path) -> bool:
 
 @contextmanager
 def decoding(path: str | os.PathLike) -> Iterator[None]:
-    """Turn whatever a decoder raises on a broken file into one :class:`NucleiError`."""
+    """Turn whatever a decoder raises on a broken file into one :class:`NucleiError`.
+
+    Raises:
+        MemoryError: as it is; it says nothing about the file.
+    """
     try:
         yield
-    except NucleiError:
+    except (NucleiError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise NucleiError(

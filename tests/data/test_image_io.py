@@ -209,6 +209,17 @@ def test_truncated_files(tmp_path, name, share, read):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_too_little_memory_is_no_damage_to_the_file(tmp_path, monkeypatch, name):
+    def fail(*_arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("nuclei_d2.data.image_io._read_pillow", fail)
+    monkeypatch.setattr("nuclei_d2.data.image_io._read_tiff", fail)
+    with pytest.raises(MemoryError):
+        read_image(write(tmp_path / name, GREY8))
+
+
 def test_truncated_16_bit_colour_png(tmp_path):
     path = write(tmp_path / "a.png", RGB16)
     path.write_bytes(path.read_bytes()[:1800])
