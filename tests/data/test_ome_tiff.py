@@ -135,7 +135,7 @@ def test_a_file_alone_is_opened_as_it_is(tmp_path):
 def test_a_set_without_ome_xml_is_refused(tmp_path, monkeypatch):
     """Such as NDTiff, of which tifffile reads all files from each."""
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, STACK[0, 0])
+    tifffile.imwrite(path, STACK[0, 0], photometric="minisblack")
     find = tifffile.TiffFile._series_generic
 
     def find_set(tiff):
