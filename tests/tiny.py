@@ -13,11 +13,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 from skimage.draw import disk
 
-from nuclei_d2.data.datasets.coco import (
-    label_image_to_masks,
-    mask_to_annotation,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import mask_to_annotation, write_coco_json
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"

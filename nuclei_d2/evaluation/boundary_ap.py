@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.evaluation.boundary import BOUNDARIES, boundary_distances, compute_overlaps
 from nuclei_d2.evaluation.instances import LabelLayers, layers_from_masks
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS, Overlap
 from nuclei_d2.evaluation.scores import boundary_iou
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 RECALLS = np.linspace(0, 1, 101)  # at which COCO takes the precision
 
@@ -28,7 +28,7 @@ class ScoredImage(NamedTuple):
 
 
 def match_scored(
-    gt: LabelLayers, masks: Sequence[BoxedMask], scores: np.ndarray, max_dets: int
+    gt: LabelLayers, masks: Sequence[CroppedMask], scores: np.ndarray, max_dets: int
 ) -> ScoredImage:
     """COCO's matching in one image: best score first, each takes the free nucleus of largest IoU.
 

@@ -15,8 +15,9 @@ from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as mask_util
 
-from nuclei_d2.data.datasets.coco import mask_to_rle, split_masks
+from nuclei_d2.data.datasets.coco import mask_to_rle
 from nuclei_d2.evaluation.coco_parts import cut_into_parts
+from nuclei_d2.structures.cropped_mask import split_masks
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 

@@ -8,7 +8,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from nuclei_d2.data.datasets.coco import label_image_to_masks, mask_to_annotation
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.evaluation.bootstrap import (
     LEVEL,
     bootstrap_intervals,
@@ -24,6 +24,7 @@ from nuclei_d2.evaluation.instances import (
 )
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import HEADLINE, ImageScores, ScoreTable, nest, score_image
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 from nuclei_d2.utils.errors import NucleiError
 
 

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from nuclei_d2.evaluation.boundary import compute_overlaps
 from nuclei_d2.evaluation.instances import LabelLayers, layers_from_scored_masks
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS, true_positives
-from nuclei_d2.evaluation.nuclei_evaluation import instances_to_masks, record_to_layers
+from nuclei_d2.evaluation.nuclei_evaluation import record_to_layers
 from nuclei_d2.modeling.meta_arch.unet import UNet
+from nuclei_d2.structures.cropped_mask import instances_to_masks
 from nuclei_d2.utils.errors import NucleiError
 
 Settings = dict[str, float]

@@ -15,7 +15,6 @@ import pycocotools.mask as mask_util
 from PIL import Image
 
 from nuclei_d2.data.datasets.coco import (
-    BoxedMask,
     is_box,
     is_one_of,
     load_nuclei_json,
@@ -32,6 +31,7 @@ from nuclei_d2.evaluation.instances import (
     rle_to_mask,
 )
 from nuclei_d2.evaluation.nuclei_evaluation import record_to_layers
+from nuclei_d2.structures.cropped_mask import CroppedMask
 from nuclei_d2.utils.errors import NucleiError
 
 # JPEG is left out: it is lossy, and labels do not survive it.
@@ -42,7 +42,7 @@ _LABEL_ENDINGS = ("_cp_masks", "_masks")
 class ScoredMasks(NamedTuple):
     """Predictions of one image that may overlap, with their scores."""
 
-    masks: list[BoxedMask]
+    masks: list[CroppedMask]
     scores: np.ndarray  # (M,)
     size: tuple[int, int]  # (H, W)
     results: list[dict[str, Any]]  # COCO results of one category, without image_id

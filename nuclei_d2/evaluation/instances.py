@@ -12,7 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from nuclei_d2.data.datasets.coco import BoxedMask, decode_counts
+from nuclei_d2.data.datasets.coco import decode_counts
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _dtype(count: int) -> type:
     return np.uint16 if count < 1 << 16 else np.int32
 
 
-def layers_from_masks(masks: Sequence[BoxedMask], size: tuple[int, int]) -> LabelLayers:
+def layers_from_masks(masks: Sequence[CroppedMask], size: tuple[int, int]) -> LabelLayers:
     """Nucleus k + 1 is the k-th of ``masks``; each goes to the first layer with room.
 
     Args:
@@ -116,7 +117,7 @@ def layers_from_masks(masks: Sequence[BoxedMask], size: tuple[int, int]) -> Labe
 
 
 def layers_from_scored_masks(
-    masks: Sequence[BoxedMask], scores: np.ndarray, size: tuple[int, int]
+    masks: Sequence[CroppedMask], scores: np.ndarray, size: tuple[int, int]
 ) -> LabelLayers:
     """Flatten overlapping predictions: a pixel belongs to the highest-scored mask that covers it.
 
@@ -134,7 +135,7 @@ def layers_from_scored_masks(
 
 
 def layers_from_predictions(
-    masks: Sequence[BoxedMask], scores: np.ndarray, threshold: float, gt: LabelLayers
+    masks: Sequence[CroppedMask], scores: np.ndarray, threshold: float, gt: LabelLayers
 ) -> LabelLayers:
     """The predictions that label-based metrics compare with ``gt``; empty masks are left out.
 
@@ -154,7 +155,7 @@ def layers_from_predictions(
     return layers_from_scored_masks(chosen, scores[sure], gt.size)
 
 
-def rle_to_mask(rle: dict[str, Any]) -> BoxedMask:
+def rle_to_mask(rle: dict[str, Any]) -> CroppedMask:
     """Decode COCO's compressed RLE at the cost of its box, not of the image.
 
     Args:
@@ -164,7 +165,7 @@ def rle_to_mask(rle: dict[str, Any]) -> BoxedMask:
     starts, ends = ends[0::2][: len(ends) // 2], ends[1::2]
     starts, ends = starts[ends > starts], ends[ends > starts]
     if not starts.size:
-        return BoxedMask(np.zeros((0, 0), bool), 0, 0)
+        return CroppedMask(np.zeros((0, 0), bool), 0, 0)
     lengths = ends - starts
     before = np.cumsum(lengths) - lengths
     pixels = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
@@ -172,4 +173,4 @@ def rle_to_mask(rle: dict[str, Any]) -> BoxedMask:
     top, left = int(rows.min()), int(columns[0])
     mask = np.zeros((int(rows.max()) - top + 1, int(columns[-1]) - left + 1), bool)
     mask[rows - top, columns - left] = True
-    return BoxedMask(mask, top, left)
+    return CroppedMask(mask, top, left)

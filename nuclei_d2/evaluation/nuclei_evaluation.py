@@ -5,14 +5,11 @@ from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Instances
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from nuclei_d2.data.datasets.coco import BoxedMask, split_masks
 from nuclei_d2.evaluation.bootstrap import bootstrap_intervals, bootstrap_weights
 from nuclei_d2.evaluation.boundary_ap import ScoredImage, boundary_ap, match_scored
 from nuclei_d2.evaluation.instances import (
@@ -22,6 +19,7 @@ from nuclei_d2.evaluation.instances import (
     rle_to_mask,
 )
 from nuclei_d2.evaluation.scores import HEADLINE, ImageScores, ScoreTable, nest, score_image
+from nuclei_d2.structures.cropped_mask import instances_to_masks
 from nuclei_d2.utils.files import write_json
 
 _logger = logging.getLogger(__name__)
@@ -124,15 +122,3 @@ def record_to_layers(record: dict) -> LabelLayers:
     ]
     masks = [boxed for boxed in masks if boxed.mask.size]
     return layers_from_masks(masks, (record["height"], record["width"]))
-
-
-def instances_to_masks(instances: Instances) -> tuple[list[BoxedMask], np.ndarray]:
-    """Predictions of one image, and their scores.
-
-    Args:
-        instances: scores and pred_masks, in any of the forms that :func:`split_masks` takes.
-
-    Returns:
-        N masks, some perhaps empty, and (N,) float scores.
-    """
-    return split_masks(instances.pred_masks), instances.scores.cpu().numpy().astype(float)

@@ -20,9 +20,9 @@ from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
 from nuclei_d2.data.image_io import ImageNormalizer
 from nuclei_d2.evaluation.instances import layers_from_scored_masks
-from nuclei_d2.evaluation.nuclei_evaluation import instances_to_masks
 from nuclei_d2.inference.predictor import NucleiPredictor
 from nuclei_d2.modeling import UNet
+from nuclei_d2.structures.cropped_mask import instances_to_masks
 from nuclei_d2.utils.errors import NucleiError
 
 LEAST_AGREEMENT = 0.999  # share of the pixels

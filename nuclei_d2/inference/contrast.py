@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 # What has less is no nucleus; docs/prediction.md tells what real nuclei have.
 LEAST_CONTRAST = 3.0
@@ -14,7 +14,7 @@ _LEAST_SURROUNDINGS = 5  # pixels that can be compared with
 
 
 def nuclear_contrast(
-    masks: Sequence[BoxedMask],
+    masks: Sequence[CroppedMask],
     pixels: np.ndarray,
     noise: float | np.ndarray,
     origin: tuple[int, int] = (0, 0),

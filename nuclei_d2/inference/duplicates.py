@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from detectron2.structures import Instances
 
-from nuclei_d2.data.datasets.coco import BoxedMask
-from nuclei_d2.evaluation.nuclei_evaluation import instances_to_masks
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.structures.box_pairs import near_pairs
+from nuclei_d2.structures.cropped_mask import CroppedMask, instances_to_masks
 
 DUPLICATE_IOU = 0.5  # of two nuclei
 _DUPLICATE_CONTAINMENT = 0.7  # common pixels over those of the smaller one
@@ -58,7 +57,7 @@ def _overlaps(first: Nuclei, second: Nuclei, i: np.ndarray, j: np.ndarray) -> Ov
     return Overlaps(i, j, common, np.stack([first.areas[i], second.areas[j]], axis=1))
 
 
-def _common(a: BoxedMask, b: BoxedMask) -> int:
+def _common(a: CroppedMask, b: CroppedMask) -> int:
     top, left = max(a.top, b.top), max(a.left, b.left)
     bottom = min(a.top + a.mask.shape[0], b.top + b.mask.shape[0])
     right = min(a.left + a.mask.shape[1], b.left + b.mask.shape[1])
@@ -94,7 +93,7 @@ def drop_duplicates(instances: Instances) -> Instances:
     taken for one, pass beside the nuclei.
 
     Args:
-        instances: see :func:`~nuclei_d2.evaluation.nuclei_evaluation.instances_to_masks`.
+        instances: see :func:`~nuclei_d2.structures.cropped_mask.instances_to_masks`.
 
     Returns:
         Some of the instances, in their order.

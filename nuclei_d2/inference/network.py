@@ -11,7 +11,6 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from nuclei_d2.data.datasets.coco import BoxedMask, split_masks
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.predictor import NucleiPredictor
 from nuclei_d2.inference.tiling import Grid, Tile
@@ -19,6 +18,7 @@ from nuclei_d2.inference.tta import UPRIGHT, View
 from nuclei_d2.modeling.meta_arch import Classical
 from nuclei_d2.modeling.meta_arch.rcnn import postprocess
 from nuclei_d2.structures import BoxedMasks, LabelMasks
+from nuclei_d2.structures.cropped_mask import CroppedMask, split_masks
 
 
 class TileNetwork:
@@ -123,7 +123,7 @@ def _crops(maps: BoxedMasks) -> Iterator[tuple[int, int, np.ndarray]]:
     return (maps.crop(k) for k in range(len(maps)))
 
 
-def _boundary_uncertainty(boxed: BoxedMask, boundary: tuple[int, int, np.ndarray]) -> float:
+def _boundary_uncertainty(boxed: CroppedMask, boundary: tuple[int, int, np.ndarray]) -> float:
     """1 - mean boundary probability over the mask's outermost pixels; NaN for an empty mask.
 
     Args:

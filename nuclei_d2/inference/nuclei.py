@@ -7,9 +7,8 @@ from functools import cached_property
 import numpy as np
 from detectron2.structures import Instances
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.data.image_io import ContrastRange
-from nuclei_d2.evaluation.nuclei_evaluation import instances_to_masks
+from nuclei_d2.structures.cropped_mask import CroppedMask, instances_to_masks
 
 _DETECTRON2_FIELDS = {"pred_boxes", "scores", "pred_classes", "pred_masks", "pred_boundaries"}
 
@@ -28,7 +27,7 @@ class Nuclei:
         measures: more columns for the table, by name, each (N,), such as "quality".
     """
 
-    masks: list[BoxedMask]
+    masks: list[CroppedMask]
     scores: np.ndarray
     size: tuple[int, int]
     measures: dict[str, np.ndarray] = field(default_factory=dict)
@@ -36,7 +35,7 @@ class Nuclei:
     @classmethod
     def from_masks(
         cls,
-        masks: Sequence[BoxedMask],
+        masks: Sequence[CroppedMask],
         scores: np.ndarray,
         size: tuple[int, int],
         measures: dict[str, np.ndarray] | None = None,
@@ -70,7 +69,7 @@ class Nuclei:
         Fields with one number per instance, other than Detectron2's, become measures.
 
         Args:
-            instances: see :func:`~nuclei_d2.evaluation.nuclei_evaluation.instances_to_masks`.
+            instances: see :func:`~nuclei_d2.structures.cropped_mask.instances_to_masks`.
         """
         masks, scores = instances_to_masks(instances)
         fields = instances.get_fields().items()

@@ -10,11 +10,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from nuclei_d2.data.augmentation import ResampleTransform
-from nuclei_d2.data.datasets.coco import split_masks
 from nuclei_d2.data.datasets.statistics import equivalent_diameter
 from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
 from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.image_source import ImageSource
+from nuclei_d2.structures.cropped_mask import split_masks
 from nuclei_d2.utils.errors import NucleiError
 
 # The automatic choice looks at windows of up to so many of the model's diameters, at these scales

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.duplicates import (
     DUPLICATE_IOU,
     find_overlaps,
@@ -22,6 +21,7 @@ from nuclei_d2.inference.duplicates import (
     keep_best,
 )
 from nuclei_d2.inference.nuclei import Nuclei, concatenate, sort, take
+from nuclei_d2.structures.cropped_mask import CroppedMask
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path
 
@@ -273,7 +273,7 @@ def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
     ends = shapes.prod(axis=1).cumsum()
     pixels = np.unpackbits(arrays["pixels"], count=int(ends[-1]) if len(ends) else 0).view(bool)
     masks = [
-        BoxedMask(flat.reshape(shape), int(box[0]), int(box[1]))
+        CroppedMask(flat.reshape(shape), int(box[0]), int(box[1]))
         for flat, shape, box in zip(np.split(pixels, ends[:-1]), shapes, boxes, strict=False)
     ]
     measures = {k.removeprefix("measure_"): v for k, v in arrays.items() if k[:8] == "measure_"}

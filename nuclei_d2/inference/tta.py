@@ -7,9 +7,9 @@ import numpy as np
 from detectron2.data import transforms as T
 
 from nuclei_d2.data.augmentation import Rotation90Transform
-from nuclei_d2.data.datasets.coco import BoxedMask, box_mask
 from nuclei_d2.inference.duplicates import DUPLICATE_IOU, find_own_overlaps, keep_best
 from nuclei_d2.inference.nuclei import Nuclei, concatenate, sort, take
+from nuclei_d2.structures.cropped_mask import CroppedMask, crop_mask
 
 
 class View(NamedTuple):
@@ -79,7 +79,7 @@ def _gather(members: Nuclei, view_of: np.ndarray) -> list[list[int]]:
     return groups
 
 
-def _majority(masks: list[BoxedMask]) -> BoxedMask:
+def _majority(masks: list[CroppedMask]) -> CroppedMask:
     """The pixels that at least half of the masks have."""
     top, left = min(m.top for m in masks), min(m.left for m in masks)
     bottom = max(m.top + m.mask.shape[0] for m in masks)
@@ -87,5 +87,5 @@ def _majority(masks: list[BoxedMask]) -> BoxedMask:
     votes = np.zeros((bottom - top, right - left), np.int64)
     for mask, y, x in masks:
         votes[y - top : y - top + mask.shape[0], x - left : x - left + mask.shape[1]] += mask
-    boxed = box_mask(2 * votes >= len(masks))
+    boxed = crop_mask(2 * votes >= len(masks))
     return boxed._replace(top=boxed.top + top, left=boxed.left + left)

@@ -14,17 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
-from nuclei_d2.data.datasets.coco import (
-    box_mask,
-    mask_to_annotation,
-    masks_to_label_image,
-    read_coco_json,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import mask_to_annotation, read_coco_json, write_coco_json
 from nuclei_d2.data.datasets.prepare import SPLITS, datasets_root
 from nuclei_d2.data.datasets.statistics import equivalent_diameter
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate, layered_masks
 from nuclei_d2.data.image_io import read_image
+from nuclei_d2.structures.cropped_mask import crop_mask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path
 
@@ -91,7 +86,7 @@ def _write_crowding(level: float, images: int) -> None:
 
 def _write_field(root: Path, image_id: str, seed: int, config: SyntheticConfig) -> dict[str, Any]:
     image, labels = generate(np.random.default_rng((1, seed)), config)
-    masks = [box_mask(mask) for mask in layered_masks(labels)]
+    masks = [crop_mask(mask) for mask in layered_masks(labels)]
     names = {"file_name": f"images/{image_id}.png", "label_file_name": f"labels/{image_id}.png"}
     arrays = image, masks_to_label_image(masks, image.shape)
     for name, array in zip(names.values(), arrays, strict=True):

@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours, subdivide_polygon
 
-from nuclei_d2.data.datasets.coco import BoxedMask, label_image_to_masks, split_masks
 from nuclei_d2.data.image_io import ContrastRange, contrast_range
 from nuclei_d2.structures import BoxedMasks, LabelMasks
 from nuclei_d2.structures.box_pairs import near_pairs
+from nuclei_d2.structures.cropped_mask import CroppedMask, label_image_to_masks, split_masks
 
 # After Okabe & Ito, "Color Universal Design" (2008): distinct for colour-blind readers too. Black
 # is left out, orange (too close to vermilion on thin lines) as well, and the dark ones are lighter.
@@ -171,7 +171,7 @@ def panel(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
 
 def _to_crops(
     masks: torch.Tensor | np.ndarray | LabelMasks | BoxedMasks, image_size: tuple[int, int]
-) -> list[BoxedMask]:
+) -> list[CroppedMask]:
     """Whatever the masks come as, one crop per nucleus: nothing after this touches full frames."""
     size = tuple(masks.shape[-2:])
     if size != image_size:
@@ -181,7 +181,7 @@ def _to_crops(
     return split_masks(masks)
 
 
-def _box(crop: BoxedMask) -> tuple[int, int, int, int]:
+def _box(crop: CroppedMask) -> tuple[int, int, int, int]:
     """x1, y1, x2, y2 in the image."""
     rows, columns = crop.window
     return columns.start, rows.start, columns.stop, rows.stop
@@ -198,7 +198,7 @@ def _windows(
 
 
 def _blend(
-    drawing: np.ndarray, crop: BoxedMask, color: np.ndarray, factor: int, line_width: float
+    drawing: np.ndarray, crop: CroppedMask, color: np.ndarray, factor: int, line_width: float
 ) -> None:
     """Draw one nucleus into ``drawing``, in place."""
     outlines = _outlines(crop.mask, factor)

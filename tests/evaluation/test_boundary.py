@@ -8,7 +8,6 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from nuclei_d2.data.datasets.coco import box_mask
 from nuclei_d2.evaluation.boundary import (
     boundary_distances,
     compute_overlaps,
@@ -17,6 +16,7 @@ from nuclei_d2.evaluation.boundary import (
 )
 from nuclei_d2.evaluation.instances import layers_from_label_image, layers_from_masks
 from nuclei_d2.evaluation.matching import match
+from nuclei_d2.structures.cropped_mask import crop_mask
 
 SQUARE = np.ones((3, 3), bool)
 
@@ -97,8 +97,8 @@ def test_far_outlines_are_measured_exactly():
     far[4, 50] = True
     other = np.zeros_like(near)
     other[4, 30:50] = True
-    gt = layers_from_masks([box_mask(near), box_mask(other)], near.shape)
-    pred = layers_from_masks([box_mask(far), box_mask(other)], near.shape)
+    gt = layers_from_masks([crop_mask(near), crop_mask(other)], near.shape)
+    pred = layers_from_masks([crop_mask(far), crop_mask(other)], near.shape)
     overlap, _ = compute_overlaps(gt, pred)
     pairs = match(overlap, overlap.iou, 0.5)
     hausdorff, _ = surface_distances(gt, pred, overlap, pairs)

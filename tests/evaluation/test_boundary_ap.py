@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from faster_coco_eval import COCO, COCOeval_faster
 
-from nuclei_d2.data.datasets.coco import box_mask, mask_to_annotation
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.evaluation.boundary import boundary_distances
 from nuclei_d2.evaluation.boundary_ap import average_precision, boundary_ap, match_scored
 from nuclei_d2.evaluation.instances import layers_from_masks
+from nuclei_d2.structures.cropped_mask import crop_mask
 
 SIZE = (96, 120)
 
@@ -48,9 +49,9 @@ def library_ap(images, ratio, max_dets):
         truth["images"].append({"id": image_id, "file_name": f"{image_id}.png", **size})
         for mask in gt:
             ids = {"id": len(truth["annotations"]) + 1, "image_id": image_id}
-            truth["annotations"].append({**ids, **mask_to_annotation(box_mask(mask), SIZE)})
+            truth["annotations"].append({**ids, **mask_to_annotation(crop_mask(mask), SIZE)})
         for mask, score in zip(pred, scores.tolist(), strict=True):
-            annotation = mask_to_annotation(box_mask(mask), SIZE)
+            annotation = mask_to_annotation(crop_mask(mask), SIZE)
             results.append({"image_id": image_id, "score": score, **annotation})
     options = {
         "iouType": "boundary",
@@ -71,7 +72,7 @@ def library_ap(images, ratio, max_dets):
 @pytest.mark.parametrize("max_dets", [2000, 8])
 def test_agrees_with_a_library_at_every_width(scored, max_dets):
     images = [
-        match_scored(layers_from_masks(list(map(box_mask, gt)), SIZE), list(map(box_mask, pred)),
+        match_scored(layers_from_masks(list(map(crop_mask, gt)), SIZE), list(map(crop_mask, pred)),
                      scores, max_dets)
         for gt, pred, scores in scored
     ]  # fmt: skip
@@ -93,8 +94,8 @@ def test_average_precision_by_hand():
 
 def test_a_worse_duplicate_is_a_false_positive_whatever_its_overlap():
     mask = next(ellipses(np.random.default_rng(0), 1))
-    gt = layers_from_masks([box_mask(mask)], SIZE)
-    image = match_scored(gt, [box_mask(mask)] * 2, np.array([0.4, 0.6]), 10)
+    gt = layers_from_masks([crop_mask(mask)], SIZE)
+    image = match_scored(gt, [crop_mask(mask)] * 2, np.array([0.4, 0.6]), 10)
     assert image.scores.tolist() == [0.6, 0.4]
     assert image.hits[0].tolist() == [[True, False]] * 10
 

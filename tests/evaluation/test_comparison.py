@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nuclei_d2.data.datasets.coco import box_mask, label_image_to_masks, mask_to_annotation
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.evaluation.comparison import evaluate_files
 from nuclei_d2.evaluation.inputs import (
     GroundTruth,
@@ -13,6 +13,7 @@ from nuclei_d2.evaluation.inputs import (
     open_predictions,
 )
 from nuclei_d2.evaluation.instances import layers_from_masks
+from nuclei_d2.structures.cropped_mask import crop_mask, label_image_to_masks
 from nuclei_d2.utils.errors import NucleiError
 
 SIZE = (40, 60)
@@ -21,7 +22,7 @@ SIZE = (40, 60)
 def square(top, left, side=10):
     mask = np.zeros(SIZE, bool)
     mask[top : top + side, left : left + side] = True
-    return box_mask(mask)
+    return crop_mask(mask)
 
 
 def evaluate(images, size=SIZE, **settings):

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as mask_util
 
-from nuclei_d2.data.datasets.coco import box_mask
 from nuclei_d2.evaluation.instances import (
     layers_from_label_image,
     layers_from_masks,
@@ -13,6 +12,7 @@ from nuclei_d2.evaluation.instances import (
     layers_from_scored_masks,
     rle_to_mask,
 )
+from nuclei_d2.structures.cropped_mask import crop_mask
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
 
@@ -21,7 +21,7 @@ masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
 @settings(max_examples=60, deadline=None)
 def test_rle_decodes_as_pycocotools_encoded_it(mask):
     rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
-    boxed, expected = rle_to_mask(rle), box_mask(mask)
+    boxed, expected = rle_to_mask(rle), crop_mask(mask)
     assert (boxed.top, boxed.left) == (expected.top, expected.left)
     np.testing.assert_array_equal(boxed.mask, expected.mask)
 
@@ -62,7 +62,7 @@ def canvas(*windows):
     for window in windows:
         mask = np.zeros((6, 8), bool)
         mask[window] = True
-        result.append(box_mask(mask))
+        result.append(crop_mask(mask))
     return result
 
 

@@ -11,7 +11,7 @@ from metric_agreement import FIXTURE, checksum, generated_pairs, real_pairs
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from nuclei_d2.data.datasets.coco import label_image_to_masks, mask_to_annotation
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.evaluation.boundary import compute_overlaps
 from nuclei_d2.evaluation.coco_evaluation import dataset_to_coco
 from nuclei_d2.evaluation.instances import layers_from_label_image
@@ -25,6 +25,7 @@ from nuclei_d2.evaluation.matching import (
     true_positives,
 )
 from nuclei_d2.evaluation.scores import ScoreTable, score_image
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 
 REFERENCE = json.loads(FIXTURE.read_text())
 PAIRS = list(generated_pairs())

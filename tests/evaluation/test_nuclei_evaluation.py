@@ -10,13 +10,10 @@ from skimage.draw import disk
 from tiny import in_two_processes
 
 from nuclei_d2.config import load_config
-from nuclei_d2.data.datasets.coco import box_mask, label_image_to_masks, mask_to_annotation
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.evaluation import build_evaluator
-from nuclei_d2.evaluation.nuclei_evaluation import (
-    NucleiEvaluator,
-    instances_to_masks,
-    record_to_layers,
-)
+from nuclei_d2.evaluation.nuclei_evaluation import NucleiEvaluator, record_to_layers
+from nuclei_d2.structures.cropped_mask import crop_mask, instances_to_masks, label_image_to_masks
 from nuclei_d2.structures.label_masks import LabelMasks
 
 SIZE = (64, 80)
@@ -59,7 +56,7 @@ def predictions(labels, scores=None, shift=0):
 
 
 def mask_box(mask):
-    boxed = box_mask(mask)
+    boxed = crop_mask(mask)
     height, width = boxed.mask.shape
     return boxed.left, boxed.top, boxed.left + width, boxed.top + height
 
@@ -178,7 +175,7 @@ def test_overlapping_nuclei_are_found_whole():
     masks = np.zeros((2, *SIZE), bool)
     masks[0, 2:6, 2:6] = masks[1, 4:8, 4:8] = True
     annotations = [
-        {**mask_to_annotation(box_mask(mask), SIZE), "bbox_mode": BoxMode.XYWH_ABS}
+        {**mask_to_annotation(crop_mask(mask), SIZE), "bbox_mode": BoxMode.XYWH_ABS}
         for mask in masks
     ]
     truth = {**record(1, np.zeros(SIZE, int)), "annotations": annotations}
@@ -195,7 +192,7 @@ def test_overlapping_nuclei_are_found_whole():
 def test_an_annotation_without_pixels_is_no_nucleus():
     labels = nuclei(np.random.default_rng(2), 4)
     truth = record(1, labels)
-    truth["annotations"].insert(0, mask_to_annotation(box_mask(np.zeros(SIZE)), SIZE))
+    truth["annotations"].insert(0, mask_to_annotation(crop_mask(np.zeros(SIZE)), SIZE))
     layers = record_to_layers(truth)
     assert layers.count == len(np.unique(labels)) - 1
     assert sorted(np.unique(layers.labels)) == list(range(layers.count + 1))

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.evaluation.instances import layers_from_label_image, layers_from_masks
 from nuclei_d2.evaluation.scores import ScoreTable, nest, score_image, write_per_image
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 
 def score(gt, pred):
@@ -129,7 +129,7 @@ def test_nothing_found_or_nothing_there_is_zero(swap):
 
 def test_nuclei_without_pixels_leave_no_mean_undefined():
     labels = grid(4)
-    nowhere = layers_from_masks([BoxedMask(np.zeros((0, 0), bool), 0, 0)], EMPTY.shape)
+    nowhere = layers_from_masks([CroppedMask(np.zeros((0, 0), bool), 0, 0)], EMPTY.shape)
     images = [score(labels, labels), score_image(nowhere, layers_from_label_image(EMPTY))]
     mean = ScoreTable(images).summary()["image_mean"]
     assert [mean[name] for name in ("aji", "aji_plus", "dice", "pq")] == [0.5] * 4

@@ -3,18 +3,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.data.image_io import contrast_range
 from nuclei_d2.inference.contrast import nuclear_contrast
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 SQUARE = np.ones((6, 6), bool)
 
 
-def scene(level: float, channels: int = 1) -> tuple[np.ndarray, BoxedMask]:
+def scene(level: float, channels: int = 1) -> tuple[np.ndarray, CroppedMask]:
     """A square nucleus of ``level`` on a background of 10."""
     pixels = np.full((30, 40, channels), 10.0, np.float32)
     pixels[8:14, 20:26] = level
-    return pixels, BoxedMask(SQUARE, 8, 20)
+    return pixels, CroppedMask(SQUARE, 8, 20)
 
 
 @pytest.mark.parametrize("level", [30, -10])
@@ -45,13 +45,13 @@ def test_every_channel_has_its_own_noise():
 def test_neighbours_are_no_surroundings():
     pixels, nucleus = scene(30)
     pixels[8:14, 27:39] = 30
-    neighbour = BoxedMask(np.ones((6, 12), bool), 8, 27)
+    neighbour = CroppedMask(np.ones((6, 12), bool), 8, 27)
     assert nuclear_contrast([nucleus, neighbour], pixels, noise=2).tolist() == [10, 10]
 
 
 def test_nothing_around_cannot_be_judged():
     pixels = np.zeros((6, 6, 1), np.float32)
-    assert np.isnan(nuclear_contrast([BoxedMask(SQUARE, 0, 0)], pixels, noise=1))
+    assert np.isnan(nuclear_contrast([CroppedMask(SQUARE, 0, 0)], pixels, noise=1))
 
 
 def test_the_pixels_may_be_a_part_of_the_image():
@@ -72,7 +72,7 @@ def test_rounding_to_grey_levels_makes_nothing_visible(noise):
     """Most pixels have one level, so the noise measured is 0; two levels more can be seen."""
     image = np.rint(np.random.default_rng(0).normal(20, noise, (200, 200, 1))).astype(np.float32)
     contrast = contrast_range(image)
-    nucleus = BoxedMask(np.ones((30, 30), bool), 50, 50)
+    nucleus = CroppedMask(np.ones((30, 30), bool), 50, 50)
     found = nuclear_contrast([nucleus], contrast.apply(image), contrast.visible_noise)
     assert found < 3
     image[50:80, 50:80] += 2
@@ -89,5 +89,5 @@ def test_no_nuclei():
 @given(st.integers(0, 2**32 - 1))
 def test_noise_has_a_contrast_of_one(seed):
     pixels = np.random.default_rng(seed).normal(100, 7, (60, 60, 1)).astype(np.float32)
-    nucleus = BoxedMask(np.ones((30, 30), bool), 15, 15)
+    nucleus = CroppedMask(np.ones((30, 30), bool), 15, 15)
     assert nuclear_contrast([nucleus], pixels, noise=7) == pytest.approx(1, abs=0.15)

@@ -4,7 +4,6 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.duplicates import (
     drop_duplicates,
     find_overlaps,
@@ -12,6 +11,7 @@ from nuclei_d2.inference.duplicates import (
     keep_best,
 )
 from nuclei_d2.inference.nuclei import Nuclei
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 
 @settings(max_examples=30, deadline=None)
@@ -25,7 +25,7 @@ def test_overlaps_equal_those_of_full_masks(seed):
             top, left, h, w = *rng.integers(0, 20, 2), *rng.integers(1, 12, 2)
             mask = rng.random((h, w)) < 0.5
             mask[0, 0] = mask[-1, -1] = True
-            masks.append(BoxedMask(mask, int(top), int(left)))
+            masks.append(CroppedMask(mask, int(top), int(left)))
         sets.append(Nuclei.from_masks(masks, np.zeros(len(masks)), (40, 40)))
         full.append(np.zeros((len(masks), 40, 40), bool))
         for canvas, mask in zip(full[-1], masks, strict=True):

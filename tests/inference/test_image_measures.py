@@ -5,7 +5,7 @@ from PIL import Image
 from tiny import draw_nuclei
 
 from nuclei_d2.config import load_config
-from nuclei_d2.data.datasets.coco import label_image_to_masks, mask_to_annotation
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.inference.image_measures import (
     count_pixels,
     image_measures,
@@ -13,6 +13,7 @@ from nuclei_d2.inference.image_measures import (
     measure_warnings,
     training_ranges,
 )
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 
 
 def colours(grey):

@@ -3,16 +3,16 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 
-def square(top: int, left: int, side: int = 2) -> BoxedMask:
-    return BoxedMask(np.ones((side, side), bool), top, left)
+def square(top: int, left: int, side: int = 2) -> CroppedMask:
+    return CroppedMask(np.ones((side, side), bool), top, left)
 
 
 def test_order_ties_and_empty_masks():
-    empty = BoxedMask(np.zeros((0, 0), bool), 0, 0)
+    empty = CroppedMask(np.zeros((0, 0), bool), 0, 0)
     masks = [square(0, 0), empty, square(1, 1), square(2, 2, 3), square(5, 5)]
     nuclei = Nuclei.from_masks(
         masks, [0.5, 0.9, 0.7, 0.5, 0.8], (8, 9), {"quality": [1, 2, 3, 4, 5]}
@@ -66,7 +66,7 @@ def test_a_hidden_nucleus_keeps_its_number():
 def test_strips_are_the_label_image_in_pieces(rows):
     rng = np.random.default_rng(rows)
     masks = [
-        BoxedMask(np.pad(rng.random((h, w)) < 0.7, 1, constant_values=True), int(t), int(left))
+        CroppedMask(np.pad(rng.random((h, w)) < 0.7, 1, constant_values=True), int(t), int(left))
         for h, w, t, left in zip(
             *rng.integers(0, 9, (2, 30)), *rng.integers(0, (30, 20), (30, 2)).T, strict=True
         )
@@ -84,7 +84,7 @@ def test_strips_are_the_label_image_in_pieces(rows):
 @pytest.mark.parametrize(("count", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
 def test_type_of_the_label_image(count, dtype):
     pixel = np.ones((1, 1), bool)
-    masks = [BoxedMask(pixel, *divmod(k, 256)) for k in range(count)]
+    masks = [CroppedMask(pixel, *divmod(k, 256)) for k in range(count)]
     labels = Nuclei.from_masks(masks, np.zeros(count), (256, 256)).label_image()
     assert labels.dtype == dtype
     np.testing.assert_array_equal(labels.ravel()[:count], np.arange(1, count + 1))

@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuclei_d2.data.augmentation import ResampleTransform
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.tiling import (
     ALIGNMENT,
@@ -17,12 +16,13 @@ from nuclei_d2.inference.tiling import (
     save_result,
     source_window,
 )
+from nuclei_d2.structures.cropped_mask import CroppedMask
 from nuclei_d2.utils.errors import NucleiError
 
 
 def squares(size, *boxes):
     """Nuclei from (top, left, height, width, score)."""
-    masks = [BoxedMask(np.ones((h, w), bool), y, x) for y, x, h, w, _ in boxes]
+    masks = [CroppedMask(np.ones((h, w), bool), y, x) for y, x, h, w, _ in boxes]
     return Nuclei.from_masks(masks, np.array([box[4] for box in boxes]), size)
 
 
@@ -241,7 +241,7 @@ def test_a_damaged_result_is_not_used(tmp_path, kept, filled):
 
 def test_a_result_survives_its_file(tmp_path):
     rng = np.random.default_rng(0)
-    masks = [BoxedMask(rng.random((h, w)) < 0.5, 5, 7) for h, w in [(3, 5), (1, 1), (8, 2)]]
+    masks = [CroppedMask(rng.random((h, w)) < 0.5, 5, 7) for h, w in [(3, 5), (1, 1), (8, 2)]]
     for boxed in masks:
         boxed.mask[0, 0] = True
     measures = {"agreement": np.array([0.5, 1.0, 0.75])}

@@ -5,17 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nuclei_d2.data.datasets.coco import BoxedMask, box_mask
 from nuclei_d2.inference.duplicates import DUPLICATE_IOU, find_overlaps
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.tta import UPRIGHT, VIEWS, _gather, vote
+from nuclei_d2.structures.cropped_mask import CroppedMask, crop_mask
 
 SIZE = (60, 80)
 
 
 def squares(*boxes):
     """Nuclei from (top, left, side, score)."""
-    masks = [BoxedMask(np.ones((side, side), bool), y, x) for y, x, side, _ in boxes]
+    masks = [CroppedMask(np.ones((side, side), bool), y, x) for y, x, side, _ in boxes]
     return Nuclei.from_masks(masks, np.array([box[3] for box in boxes]), SIZE)
 
 
@@ -36,7 +36,7 @@ def test_boxes_turn_back_with_the_pixels(view):
     image = np.zeros((20, 30), np.uint8)
     image[2:7, 11:25] = 1
     transform = view.transform(20, 30)
-    turned = box_mask(transform.apply_image(image))
+    turned = crop_mask(transform.apply_image(image))
     height, width = turned.mask.shape
     box = np.array([[turned.left, turned.top, turned.left + width, turned.top + height]], float)
     assert transform.inverse().apply_box(box).tolist() == [[11, 2, 25, 7]]
@@ -101,7 +101,7 @@ def test_groups_are_those_of_comparing_all(seed):
     count = rng.integers(0, 40)
     # Few places, sizes and scores: many overlaps, many of them the same.
     masks = [
-        BoxedMask(np.ones(rng.integers(6, 9, 2), bool), *rng.integers(0, 8, 2).tolist())
+        CroppedMask(np.ones(rng.integers(6, 9, 2), bool), *rng.integers(0, 8, 2).tolist())
         for _ in range(count)
     ]
     members = Nuclei(masks, rng.integers(0, 4, count) / 4, SIZE)

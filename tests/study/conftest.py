@@ -10,7 +10,8 @@ import yaml
 from skimage.draw import disk
 from tiny import CONFIGS
 
-from nuclei_d2.data.datasets.coco import box_mask, mask_to_annotation, write_coco_json
+from nuclei_d2.data.datasets.coco import mask_to_annotation, write_coco_json
+from nuclei_d2.structures.cropped_mask import crop_mask
 from nuclei_d2.study.measure import measure
 from nuclei_d2.study.plan import Run, Study, load_study
 from nuclei_d2.study.runner import Commands, Runner
@@ -97,11 +98,11 @@ def write_pair(folder: Path, error: float, seed: int, images: int = 6) -> tuple[
         truth.append(
             {
                 **{"id": k, "file_name": f"{k}.png", "height": SIZE[0], "width": SIZE[1]},
-                "annotations": [mask_to_annotation(box_mask(disc), SIZE) for disc in nuclei],
+                "annotations": [mask_to_annotation(crop_mask(disc), SIZE) for disc in nuclei],
             }
         )
         results += [
-            {**mask_to_annotation(box_mask(disc), SIZE), "image_id": k, "score": score}
+            {**mask_to_annotation(crop_mask(disc), SIZE), "image_id": k, "score": score}
             for disc, score in zip(found, scores.tolist(), strict=True)
         ]
     write_coco_json(folder / "truth.json", truth)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from nuclei_d2.data.datasets.coco import box_mask
 from nuclei_d2.evaluation.inputs import GroundTruth, ImageSource, Predictions, ScoredMasks
 from nuclei_d2.evaluation.instances import layers_from_label_image, layers_from_masks
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
+from nuclei_d2.structures.cropped_mask import crop_mask
 from nuclei_d2.study.contested import contested_pixels, divide
 
 SIZE = (10, 30)
@@ -20,7 +20,7 @@ def columns(first, last):
 
 def scored(*masks_and_scores):
     masks, scores = zip(*masks_and_scores, strict=True)
-    return ScoredMasks([box_mask(mask) for mask in masks], np.array(scores), SIZE, [])
+    return ScoredMasks([crop_mask(mask) for mask in masks], np.array(scores), SIZE, [])
 
 
 def test_every_pixel_goes_to_a_prediction_of_its_nucleus():
@@ -39,7 +39,7 @@ def test_what_is_no_nucleus_goes_to_the_best():
 
 
 def test_overlapping_nuclei_are_left_alone():
-    masks = [box_mask(columns(0, 12)), box_mask(columns(8, 20))]
+    masks = [crop_mask(columns(0, 12)), crop_mask(columns(8, 20))]
     divided, counts = divide(
         layers_from_masks(masks, SIZE), scored((columns(0, 12), 0.9), (columns(8, 20), 0.8)), 0.5
     )

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from skimage.draw import disk
 
-from nuclei_d2.data.datasets.coco import box_mask, mask_to_annotation, write_coco_json
+from nuclei_d2.data.datasets.coco import mask_to_annotation, write_coco_json
 from nuclei_d2.evaluation.boundary_ap import average_precision
 from nuclei_d2.evaluation.comparison import evaluate_files
 from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import ScoreTable
+from nuclei_d2.structures.cropped_mask import crop_mask
 from nuclei_d2.study.measure import choose_score_threshold, measure, read_measured
 from nuclei_d2.utils.errors import NucleiError
 
@@ -21,7 +22,7 @@ SIZE = (60, 80)
 def circle(centre, radius):
     mask = np.zeros(SIZE, bool)
     mask[disk(centre, radius, shape=SIZE)] = True
-    return box_mask(mask)
+    return crop_mask(mask)
 
 
 def write_truth(path, images):

@@ -10,13 +10,9 @@ import pytest
 from PIL import Image
 
 from nuclei_d2.config import load_config
-from nuclei_d2.data.datasets.coco import (
-    box_mask,
-    mask_to_annotation,
-    masks_to_label_image,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import mask_to_annotation, write_coco_json
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate, layered_masks
+from nuclei_d2.structures.cropped_mask import crop_mask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError, run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +30,7 @@ def prepared(tmp_path_factory):
     entries = []
     for index, empty in enumerate([0.0, 0.0, 0.0, 1.0]):
         image, labels = generate(index, SyntheticConfig(empty=empty, **common))
-        masks = [box_mask(mask) for mask in layered_masks(labels)]
+        masks = [crop_mask(mask) for mask in layered_masks(labels)]
         entry = {
             "id": index + 1,
             "file_name": f"images/{index}.png",

@@ -9,11 +9,8 @@ import tifffile
 from PIL import Image
 from skimage.draw import disk
 
-from nuclei_d2.data.datasets.coco import (
-    label_image_to_masks,
-    mask_to_annotation,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import mask_to_annotation, write_coco_json
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 from nuclei_d2.utils.errors import run_tool
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"

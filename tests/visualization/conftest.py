@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nuclei_d2.data.datasets.coco import (
-    label_image_to_masks,
-    mask_to_annotation,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import mask_to_annotation, write_coco_json
 from nuclei_d2.evaluation.bootstrap import bootstrap_weights
 from nuclei_d2.evaluation.comparison import evaluate_files
 from nuclei_d2.evaluation.inputs import open_ground_truth, open_predictions
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 from nuclei_d2.visualization.report import find_raw_images, render_report
 
 SIZE = (40, 60)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nuclei_d2.data.datasets.coco import box_mask
 from nuclei_d2.evaluation.inputs import ImageSource, ScoredMasks, open_ground_truth
 from nuclei_d2.evaluation.instances import layers_from_label_image, layers_from_masks
+from nuclei_d2.structures.cropped_mask import crop_mask
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.visualization.report import find_raw_images
 from nuclei_d2.visualization.report.overlays import draw_overlay, pick_images
@@ -65,7 +65,7 @@ def test_tiny_and_empty_nuclei():
 def test_scores_below_the_threshold_are_left_out():
     labels = np.zeros((20, 20), int)
     labels[2:10, 2:10] = 1
-    masks = [box_mask(labels)]
+    masks = [crop_mask(labels)]
     scored = ImageSource("", lambda: ScoredMasks(masks, np.array([0.4]), (20, 20), []))
     assert draw_overlay(source(labels), scored, 0.4, None).counts["matched"] == 1
     assert draw_overlay(source(labels), scored, 0.5, None).counts["matched"] == 0
@@ -74,7 +74,7 @@ def test_scores_below_the_threshold_are_left_out():
 def test_nuclei_that_overlap_are_drawn_as_they_are_counted():
     full = np.zeros((2, 20, 20), bool)
     full[0, 2:12, 2:12] = full[1, 8:18, 8:18] = True
-    masks = [box_mask(mask) for mask in full]
+    masks = [crop_mask(mask) for mask in full]
     truth = ImageSource("", lambda: layers_from_masks(masks, (20, 20)))
     scored = ImageSource("", lambda: ScoredMasks(masks, np.array([0.9, 0.8]), (20, 20), []))
     counts = draw_overlay(truth, scored, 0.5, None).counts

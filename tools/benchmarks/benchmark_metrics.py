@@ -25,12 +25,13 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from tqdm import tqdm
 
-from nuclei_d2.data.datasets.coco import label_image_to_masks, mask_to_annotation
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.evaluation.boundary_ap import match_scored
 from nuclei_d2.evaluation.coco_evaluation import coco_ap, dataset_to_coco
 from nuclei_d2.evaluation.instances import layers_from_label_image
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import ScoreTable, score_image
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import write_json
 

@@ -33,7 +33,6 @@ from tqdm import tqdm
 from nuclei_d2.config import load_config
 from nuclei_d2.data.augmentation import ResampleTransform
 from nuclei_d2.data.datasets.builtin import register_from_config
-from nuclei_d2.data.datasets.coco import label_image_to_masks
 from nuclei_d2.data.datasets.statistics import median_diameter
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
 from nuclei_d2.data.image_io import ImageNormalizer, read_image
@@ -45,6 +44,7 @@ from nuclei_d2.inference.image_measures import MEASURES, count_pixels, image_mea
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
 from nuclei_d2.inference.tiling import Grid, make_grid
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import write_json
 

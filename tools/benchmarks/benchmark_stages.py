@@ -38,12 +38,7 @@ from torch.nn import functional as F
 from nuclei_d2.config import load_config
 from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper, labels_to_instances, read_labels
-from nuclei_d2.data.datasets.coco import (
-    label_image_to_masks,
-    load_nuclei_json,
-    mask_to_annotation,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import load_nuclei_json, mask_to_annotation, write_coco_json
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
 from nuclei_d2.data.image_io import ImageNormalizer, read_image
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
@@ -52,6 +47,7 @@ from nuclei_d2.evaluation.efficiency import count_flops
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.modeling import build_model
 from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN, postprocess
+from nuclei_d2.structures.cropped_mask import label_image_to_masks
 from nuclei_d2.utils.precision import has_bfloat16
 
 OURS, STOCK, BOUNDARY, PLAIN = "nuclei_d2", "Detectron2", "boundary head", "Mask R-CNN"

@@ -27,15 +27,10 @@ from scipy import ndimage
 from tabulate import tabulate
 from tqdm import tqdm
 
-from nuclei_d2.data.datasets.coco import (
-    BoxedMask,
-    mask_to_annotation,
-    masks_to_label_image,
-    read_coco_json,
-    write_coco_json,
-)
+from nuclei_d2.data.datasets.coco import mask_to_annotation, read_coco_json, write_coco_json
 from nuclei_d2.data.datasets.sources import check_image_id
 from nuclei_d2.data.image_io import read_image
+from nuclei_d2.structures.cropped_mask import CroppedMask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path, write_json
 from nuclei_d2.utils.hardware import usable_cores
@@ -70,7 +65,7 @@ class NamedMask(NamedTuple):
     """One annotated object: where it comes from, its mask, and why it is dropped, if it is."""
 
     name: str
-    mask: BoxedMask
+    mask: CroppedMask
     drop: str = ""
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 from numpy.typing import ArrayLike
 
-from nuclei_d2.data.datasets.coco import box_mask, masks_to_label_image
 from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
+from nuclei_d2.structures.cropped_mask import crop_mask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -135,7 +135,7 @@ def measure_record(record: dict[str, Any], normalizer: ImageNormalizer) -> Image
     if "label_file_name" in record:
         labels = read_label(record["label_file_name"])
     else:
-        labels = masks_to_label_image([box_mask(mask_util.decode(rle)) for rle in rles], size)
+        labels = masks_to_label_image([crop_mask(mask_util.decode(rle)) for rle in rles], size)
     for array, key in ((image, "file_name"), (labels, "label_file_name")):
         if array.shape[:2] != size:
             raise NucleiError(f"{record[key]} is {array.shape[:2]} pixels, its entry says {size}")

@@ -25,8 +25,9 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from scipy import ndimage
 
-from nuclei_d2.data.datasets.coco import box_mask, load_nuclei_json
+from nuclei_d2.data.datasets.coco import load_nuclei_json
 from nuclei_d2.data.datasets.prepare import Listing, NamedMask, Record, datasets_root, prepare
+from nuclei_d2.structures.cropped_mask import crop_mask
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
 
@@ -459,7 +460,7 @@ class _Field:
     def read_masks(self, height: int, width: int) -> list[NamedMask]:
         """The nuclei in the order of their labels."""
         masks = layered_masks(_draw(self)[1])
-        return [NamedMask(str(k), box_mask(mask)) for k, mask in enumerate(masks, start=1)]
+        return [NamedMask(str(k), crop_mask(mask)) for k, mask in enumerate(masks, start=1)]
 
 
 @lru_cache(maxsize=1)

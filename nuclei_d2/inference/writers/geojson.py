@@ -5,10 +5,11 @@ import math
 import os
 from typing import Any
 
-from nuclei_d2.data.datasets.coco import CATEGORIES, BoxedMask
+from nuclei_d2.data.datasets.coco import CATEGORIES
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.inference.writers.measurements import area_columns
 from nuclei_d2.inference.writers.outlines import mask_to_polygons
+from nuclei_d2.structures.cropped_mask import CroppedMask
 from nuclei_d2.utils.files import atomic_path
 
 _CLASSIFICATION = {"name": CATEGORIES[0]["name"], "color": [86, 180, 233]}
@@ -31,7 +32,7 @@ def write_geojson(path: str | os.PathLike, nuclei: Nuclei, image: ImageInfo) -> 
         file.write("\n]}\n")
 
 
-def _feature(label: int, boxed: BoxedMask, measurements: dict[str, float]) -> dict[str, Any]:
+def _feature(label: int, boxed: CroppedMask, measurements: dict[str, float]) -> dict[str, Any]:
     return {
         "type": "Feature",
         "geometry": _geometry(boxed),
@@ -48,7 +49,7 @@ def _feature(label: int, boxed: BoxedMask, measurements: dict[str, float]) -> di
     }
 
 
-def _geometry(boxed: BoxedMask) -> dict[str, Any]:
+def _geometry(boxed: CroppedMask) -> dict[str, Any]:
     polygons = [[ring.tolist() for ring in rings] for rings in mask_to_polygons(boxed)]
     if len(polygons) == 1:
         return {"type": "Polygon", "coordinates": polygons[0]}

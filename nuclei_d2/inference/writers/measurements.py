@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 from skimage.measure import regionprops
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.structures.box_pairs import near_pairs
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 _BAND = 256  # rows; the image is read in bands of about so many
 # Columns without their unit, and scikit-image's names of them.
@@ -79,7 +79,7 @@ def _read_pixels(nuclei: Nuclei, image: ImageInfo) -> Iterator[tuple[int, np.nda
             yield k, window[:, : columns.stop - columns.start][nuclei.masks[k].mask].astype(float)
 
 
-def _measure_shape(boxed: BoxedMask) -> dict[str, float]:
+def _measure_shape(boxed: CroppedMask) -> dict[str, float]:
     (region,) = regionprops(boxed.mask.view(np.uint8))
     row, column = region.centroid
     return {
@@ -127,7 +127,7 @@ def count_touching(nuclei: Nuclei) -> np.ndarray:
     return counts
 
 
-def _touch(a: BoxedMask, b: BoxedMask) -> bool:
+def _touch(a: CroppedMask, b: CroppedMask) -> bool:
     # Two pixels that touch both lie where the boxes, each one pixel larger, meet.
     top, left = max(a.top, b.top) - 1, max(a.left, b.left) - 1
     bottom = min(a.top + len(a.mask), b.top + len(b.mask)) + 1
@@ -137,7 +137,7 @@ def _touch(a: BoxedMask, b: BoxedMask) -> bool:
     return bool((grown.view(bool) & _crop(b, *window)).any())
 
 
-def _crop(boxed: BoxedMask, top: int, left: int, height: int, width: int) -> np.ndarray:
+def _crop(boxed: CroppedMask, top: int, left: int, height: int, width: int) -> np.ndarray:
     """The part of a mask in a window that may reach beyond its box: (height, width) bool."""
     crop = np.zeros((height, width), bool)
     rows = slice(max(top - boxed.top, 0), top + height - boxed.top)

@@ -3,12 +3,12 @@
 import cv2
 import numpy as np
 
-from nuclei_d2.data.datasets.coco import BoxedMask
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 Polygon = list[np.ndarray]  # closed rings (K, 2) of integer x, y: the exterior, then the holes
 
 
-def mask_to_polygons(boxed: BoxedMask) -> list[Polygon]:
+def mask_to_polygons(boxed: CroppedMask) -> list[Polygon]:
     """Outline a nonempty mask, one polygon for each of its 4-connected parts.
 
     x goes right and y down; pixel (row, column) spans columns column..column + 1 and rows

@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 from roifile import ROI_TYPE, ImagejRoi
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.inference.writers.outlines import Polygon, mask_to_polygons
+from nuclei_d2.structures.cropped_mask import CroppedMask
 from nuclei_d2.utils.files import atomic_path
 
 _MOVE_TO, _LINE_TO, _CLOSE = 0.0, 1.0, 4.0  # java.awt.geom.PathIterator
@@ -27,7 +27,7 @@ def write_rois(path: str | os.PathLike, nuclei: Nuclei, image: ImageInfo) -> Non
             archive.writestr(f"{label}.roi", roi.tobytes(), zipfile.ZIP_DEFLATED)
 
 
-def _to_roi(boxed: BoxedMask) -> ImagejRoi:
+def _to_roi(boxed: CroppedMask) -> ImagejRoi:
     polygons = mask_to_polygons(boxed)
     if len(polygons) == len(polygons[0]) == 1:
         roi = ImagejRoi.frompoints(polygons[0][0][:-1])

@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from nuclei_d2.data.datasets.coco import BoxedMask, label_image_to_masks
 from nuclei_d2.data.datasets.sources import IMAGE_SUFFIXES, SourceFile, list_images
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.evaluation.boundary import compute_overlaps
 from nuclei_d2.evaluation.inputs import GroundTruth, ImageSource, ScoredMasks
 from nuclei_d2.evaluation.instances import LabelLayers, layers_from_predictions
 from nuclei_d2.evaluation.matching import segmentation_errors
+from nuclei_d2.structures.cropped_mask import CroppedMask, label_image_to_masks
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.visualization.overlay import stretch
 
@@ -183,14 +183,14 @@ def _line_width(areas: np.ndarray, width: int) -> float:
     return max(width / 1000, min(width / 300, diameter / 10))
 
 
-def _masks(layers: LabelLayers) -> dict[int, BoxedMask]:
+def _masks(layers: LabelLayers) -> dict[int, CroppedMask]:
     """By index, 0..N-1; empty ones are left out."""
     return {
         label - 1: mask for layer in layers.labels for label, mask in label_image_to_masks(layer)
     }
 
 
-def _outline(boxed: BoxedMask, tolerance: float) -> str:
+def _outline(boxed: CroppedMask, tolerance: float) -> str:
     """SVG path data of a nonempty mask's outlines, holes included."""
     path = ""
     for contour in find_contours(np.pad(boxed.mask, 1).astype(np.float32), _LEVEL):

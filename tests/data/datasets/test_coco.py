@@ -11,37 +11,22 @@ from hypothesis.extra import numpy as hnp
 from pycocotools.coco import COCO
 
 from nuclei_d2.data.datasets.coco import (
-    box_mask,
-    label_image_to_masks,
     load_nuclei_json,
     mask_to_annotation,
     mask_to_rle,
-    masks_to_label_image,
     segmentation_to_rle,
     write_coco_json,
 )
+from nuclei_d2.structures.cropped_mask import crop_mask
 from nuclei_d2.utils.errors import NucleiError
 
 masks = hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 
 
 @given(masks)
-def test_box_is_tight_and_puts_every_pixel_back(mask):
-    boxed = box_mask(mask)
-    restored = np.zeros_like(mask)
-    restored[boxed.window] = boxed.mask
-    np.testing.assert_array_equal(restored, mask)
-    if mask.any():
-        assert all(boxed.mask.any(axis=1)[[0, -1]])
-        assert all(boxed.mask.any(axis=0)[[0, -1]])
-    else:
-        assert boxed.mask.shape == (0, 0)
-
-
-@given(masks)
 def test_rle_from_the_box_is_pycocotools_rle_of_the_frame(mask):
     expected = mask_util.encode(np.asfortranarray(mask, np.uint8))
-    rle = mask_to_rle(box_mask(mask), mask.shape)
+    rle = mask_to_rle(crop_mask(mask), mask.shape)
     assert rle == {"size": list(mask.shape), "counts": expected["counts"].decode()}
     assert json.loads(json.dumps(rle)) == rle
 
@@ -49,7 +34,7 @@ def test_rle_from_the_box_is_pycocotools_rle_of_the_frame(mask):
 def test_runs_that_touch_over_the_column_end_are_one_run():
     mask = np.zeros((3, 3), bool)
     mask[1:, 0] = mask[:2, 1] = True
-    rle = mask_to_rle(box_mask(mask), (3, 3))
+    rle = mask_to_rle(crop_mask(mask), (3, 3))
     assert rle["counts"] == mask_util.frPyObjects({"size": [3, 3], "counts": [1, 4, 4]}, 3, 3)[
         "counts"
     ].decode("ascii")
@@ -59,50 +44,12 @@ def test_annotation_by_hand():
     mask = np.zeros((6, 8), np.uint8)
     mask[2:4, 3:7] = 255
     mask[3, 6] = 0
-    annotation = mask_to_annotation(box_mask(mask), (6, 8))
+    annotation = mask_to_annotation(crop_mask(mask), (6, 8))
     assert annotation["bbox"] == [3, 2, 4, 2]
     assert annotation["area"] == 7
     assert annotation["iscrowd"] == 0
     assert annotation["category_id"] == 1
     np.testing.assert_array_equal(mask_util.decode(annotation["segmentation"]), mask > 0)
-
-
-def test_label_image_with_gaps_pieces_and_huge_labels():
-    labels = np.array([[0, 7, 7], [2**30, 0, 0], [2**30, 0, 7]], np.int32)
-    (first, a), (second, b) = label_image_to_masks(labels)
-    assert (first, second) == (7, 2**30)
-    assert (a.top, a.left, a.mask.tolist()) == (0, 1, [[1, 1], [0, 0], [0, 1]])
-    assert (b.top, b.left, b.mask.tolist()) == (1, 0, [[1], [1]])
-
-
-def test_label_image_without_background_and_without_labels():
-    assert [value for value, _ in label_image_to_masks(np.array([[3, 5]]))] == [3, 5]
-    assert label_image_to_masks(np.zeros((4, 4), np.int32)) == []
-
-
-@given(hnp.arrays(np.int32, (6, 7), elements=st.integers(0, 5)))
-def test_label_image_survives_the_way_through_masks(labels):
-    pairs = label_image_to_masks(labels)
-    painted = masks_to_label_image([mask for _, mask in pairs], labels.shape)
-    values = np.array([0, *(value for value, _ in pairs)])
-    np.testing.assert_array_equal(values[painted], labels)
-
-
-def test_overlap_goes_to_the_smaller_mask_and_of_equals_to_the_earlier():
-    large, first, second = np.zeros((3, 1, 6), bool)
-    large[0, :4] = True
-    first[0, 2:5] = True
-    second[0, 3:6] = True
-    labels = masks_to_label_image([box_mask(m) for m in (large, first, second)], (1, 6))
-    assert labels.tolist() == [[1, 1, 2, 2, 2, 3]]
-    assert labels.dtype == np.uint16
-
-
-def test_more_nuclei_than_16_bits_hold():
-    one = box_mask(np.ones((1, 1)))
-    assert masks_to_label_image([one] * 65535, (1, 1)).tolist() == [[1]]
-    with pytest.raises(NucleiError, match=r"65536 nuclei .* 65535"):
-        masks_to_label_image([one] * 65536, (1, 1))
 
 
 def square(image_id=1, **fields):
@@ -198,7 +145,7 @@ def test_written_json_is_valid_coco_and_loads_with_our_fields(tmp_path):
         "modality": "fluorescence",
         "overlaps": False,
     }
-    annotation = mask_to_annotation(box_mask(mask), (6, 5))
+    annotation = mask_to_annotation(crop_mask(mask), (6, 5))
     path = tmp_path / "annotations" / "set.json"
     write_coco_json(
         path,

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from nuclei_d2.data.datasets.coco import box_mask
 from nuclei_d2.data.datasets.formats import list_dsb2018
 from nuclei_d2.data.datasets.prepare import (
     Listing,
@@ -29,6 +28,7 @@ from nuclei_d2.data.datasets.prepare import (
 )
 from nuclei_d2.data.datasets.sources import SourceFile
 from nuclei_d2.data.image_io import read_label
+from nuclei_d2.structures.cropped_mask import crop_mask
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -39,7 +39,7 @@ class Masks:
     pictures: tuple[str, ...]
 
     def __call__(self, height, width):
-        return [NamedMask(f"m{k}", box_mask(draw(p))) for k, p in enumerate(self.pictures)]
+        return [NamedMask(f"m{k}", crop_mask(draw(p))) for k, p in enumerate(self.pictures)]
 
 
 def draw(picture):

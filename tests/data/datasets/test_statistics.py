@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nuclei_d2.config import load_config
-from nuclei_d2.data.datasets.coco import box_mask, mask_to_annotation, masks_to_label_image
+from nuclei_d2.data.datasets.coco import mask_to_annotation
 from nuclei_d2.data.datasets.statistics import (
     ASPECT_RATIOS,
     STRIDES,
@@ -23,6 +23,7 @@ from nuclei_d2.data.datasets.statistics import (
     summarize,
 )
 from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.structures.cropped_mask import crop_mask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError
 
 NORMALIZER = ImageNormalizer(load_config())
@@ -99,7 +100,7 @@ def record(tmp_path):
     """Two squares of 6 px that share 2 x 6 pixels, and one of 4 px apart, in 20 x 30 pixels."""
     masks = np.zeros((3, 20, 30), bool)
     masks[0, 2:8, 2:8] = masks[1, 2:8, 6:12] = masks[2, 14:18, 20:24] = True
-    boxed = [box_mask(mask) for mask in masks]
+    boxed = [crop_mask(mask) for mask in masks]
     Image.fromarray(masks.any(0) * np.uint8(100)).save(tmp_path / "image.png")
     Image.fromarray(masks_to_label_image(boxed, (20, 30))).save(tmp_path / "label.png")
     annotations = [mask_to_annotation(mask, (20, 30)) for mask in boxed]
@@ -160,7 +161,7 @@ def test_record_with_another_size_than_its_file_names_the_file(record, key):
 
 
 def test_median_diameter_is_of_the_circle_of_the_same_area():
-    squares = [box_mask(np.ones((side, side), bool)) for side in (2, 4, 30)]
+    squares = [crop_mask(np.ones((side, side), bool)) for side in (2, 4, 30)]
     annotations = [mask_to_annotation(square, (30, 30)) for square in squares]
     records = [{"annotations": annotations[:1]}, {"annotations": annotations[1:]}]
     assert median_diameter(records) == pytest.approx(4 * 2 / math.sqrt(math.pi))

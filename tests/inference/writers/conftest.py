@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from nuclei_d2.data.datasets.coco import BoxedMask, box_mask
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
+from nuclei_d2.structures.cropped_mask import CroppedMask, crop_mask
 
 SIZE = (40, 56)
 
@@ -34,7 +34,7 @@ def draw_nuclei():
         masks = [_draw(rng) for _ in range(rng.integers(0, 12))]
         scores = rng.permutation(len(masks)) / 16
         order = np.argsort(-scores)
-        nuclei = Nuclei.from_masks([box_mask(m) for m in masks], scores, SIZE, {"quality": scores})
+        nuclei = Nuclei.from_masks([crop_mask(m) for m in masks], scores, SIZE, {"quality": scores})
         stack = np.array([masks[k] for k in order], bool).reshape(-1, *SIZE)
         image = rng.integers(0, 5000, (*SIZE, 2)).astype(np.float32)
         return nuclei, stack, ImageInfo.from_array(image, "a.tif", ("DAPI", "GFP"), 0.5, 7)
@@ -60,7 +60,7 @@ def from_drawings():
 
     def make(*drawings: tuple[str, int, int], size=(20, 20), **measures) -> Nuclei:
         masks = [
-            BoxedMask(np.array([[c == "X" for c in row] for row in text.split()]), top, left)
+            CroppedMask(np.array([[c == "X" for c in row] for row in text.split()]), top, left)
             for text, top, left in drawings
         ]
         scores = np.linspace(0.9, 0.1, len(masks))

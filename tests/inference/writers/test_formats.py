@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.writers import FORMATS, get_writer, write_outputs
+from nuclei_d2.structures.cropped_mask import CroppedMask
 from nuclei_d2.utils.errors import NucleiError
 
 SIDECARS = ["labels", "coco", "geojson", "imagej", "csv"]
@@ -83,7 +83,7 @@ def test_an_unknown_format(tmp_path, no_nuclei, blank):
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_a_failure_leaves_the_old_file(tmp_path, blank, name):
-    good, broken = BoxedMask(np.ones((2, 2), bool), 0, 0), BoxedMask(None, 3, 3)
+    good, broken = CroppedMask(np.ones((2, 2), bool), 0, 0), CroppedMask(None, 3, 3)
     nuclei = Nuclei([good, broken], np.array([0.9, 0.8]), (40, 56))
     path = tmp_path / "a.file"
     path.write_text("old")

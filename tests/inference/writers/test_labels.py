@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.data.image_io import read_label
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.inference.writers import labels
 from nuclei_d2.inference.writers.labels import write_labels
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 
 @pytest.mark.parametrize("rows", [1, 7, 256])
@@ -49,7 +49,7 @@ def test_unknown_pixel_size_and_no_nuclei(tmp_path, no_nuclei, blank):
 
 def test_more_than_16_bits(tmp_path):
     pixel = np.ones((1, 1), bool)
-    masks = [BoxedMask(pixel, *divmod(k, 300)) for k in range(70_000)]
+    masks = [CroppedMask(pixel, *divmod(k, 300)) for k in range(70_000)]
     nuclei = Nuclei.from_masks(masks, np.zeros(70_000), (300, 300))
     image = ImageInfo.from_array(np.zeros((300, 300, 1)), "a.tif", pixel_size=0.5)
     write_labels(tmp_path / "a.tif", nuclei, image)
@@ -59,7 +59,7 @@ def test_more_than_16_bits(tmp_path):
 
 
 def test_memory_is_that_of_a_strip(tmp_path, blank):
-    nuclei = Nuclei.from_masks([BoxedMask(np.ones((9, 9), bool), 3990, 5)], [1], (4000, 4000))
+    nuclei = Nuclei.from_masks([CroppedMask(np.ones((9, 9), bool), 3990, 5)], [1], (4000, 4000))
     tracemalloc.start()
     write_labels(tmp_path / "a.tif", nuclei, blank)
     peak = tracemalloc.get_traced_memory()[1]

@@ -6,17 +6,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.writers.outlines import mask_to_polygons
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 
 def outline(text: str, top: int = 0, left: int = 0) -> list[list[list[list[int]]]]:
     mask = np.array([[c == "X" for c in row] for row in text.split()])
-    return [[r.tolist() for r in rings] for rings in mask_to_polygons(BoxedMask(mask, top, left))]
+    return [[r.tolist() for r in rings] for rings in mask_to_polygons(CroppedMask(mask, top, left))]
 
 
 def check(mask: np.ndarray, top: int, left: int) -> None:
-    polygons = mask_to_polygons(BoxedMask(mask, top, left))
+    polygons = mask_to_polygons(CroppedMask(mask, top, left))
     assert len(polygons) == ndimage.label(mask)[1]  # 4-connected
     parts = [shapely.Polygon(rings[0], rings[1:]) for rings in polygons]
     assert all(part.is_valid for part in parts)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.data.image_io import ContrastRange
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.inference.writers import picture
 from nuclei_d2.inference.writers.picture import write_picture, write_thumbnail
+from nuclei_d2.structures.cropped_mask import CroppedMask
 from nuclei_d2.visualization.overlay import draw_contours, stretch
 
 
@@ -16,7 +16,7 @@ def test_same_as_drawing_the_whole_image(tmp_path, monkeypatch):
     monkeypatch.setattr(picture, "_STRIP_ROWS", 16)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 4000, (70, 50, 3)).astype(np.float32)
-    masks = [BoxedMask(np.ones((9, 9), bool), top, 3 + top // 2) for top in (2, 8, 40, 60)]
+    masks = [CroppedMask(np.ones((9, 9), bool), top, 3 + top // 2) for top in (2, 8, 40, 60)]
     nuclei = Nuclei.from_masks(masks, [4, 3, 2, 1], (70, 50))
     write_picture(tmp_path / "a.png", nuclei, ImageInfo.from_array(image, "a"))
     stack = np.zeros((4, 70, 50), bool)
@@ -44,7 +44,7 @@ def test_a_large_image_is_reduced(tmp_path, channels):
     """4,101 x 34 pixels by 2: a bright square nucleus keeps its place."""
     image = np.zeros((4101, 34, channels), np.float32)
     image[3000:3020, 10:24] = 1000
-    nuclei = Nuclei.from_masks([BoxedMask(np.ones((20, 14), bool), 3000, 10)], [1], (4101, 34))
+    nuclei = Nuclei.from_masks([CroppedMask(np.ones((20, 14), bool), 3000, 10)], [1], (4101, 34))
     read = []
 
     def read_window(rows, columns):
@@ -73,8 +73,10 @@ def test_no_nuclei(tmp_path, no_nuclei, blank):
 def test_nuclei_that_vanish_by_reducing_cost_nothing(tmp_path, monkeypatch):
     """1,100 px by 2: of five nuclei the one with a pixel at even coordinates stays."""
     image = ImageInfo.from_array(np.zeros((1100, 40, 1), np.float32), "a")
-    masks = [BoxedMask(np.ones((1, 1), bool), *place) for place in ((2, 2), (2, 3), (3, 2), (5, 5))]
-    holes = BoxedMask(np.array([[1, 1], [1, 0], [1, 1]], bool), 7, 7)
+    masks = [
+        CroppedMask(np.ones((1, 1), bool), *place) for place in ((2, 2), (2, 3), (3, 2), (5, 5))
+    ]
+    holes = CroppedMask(np.array([[1, 1], [1, 0], [1, 1]], bool), 7, 7)
     drawn = []
 
     def draw(drawing, masks):
@@ -90,7 +92,7 @@ def test_nuclei_that_vanish_by_reducing_cost_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "expected"), [((70, 50), (512, 366)), ((1500, 3000), (256, 512))])
 def test_a_thumbnail_shows_the_outlines(tmp_path, size, expected):
     side = size[0] // 2
-    nucleus = BoxedMask(np.ones((side, side), bool), size[0] // 4, 0)
+    nucleus = CroppedMask(np.ones((side, side), bool), size[0] // 4, 0)
     image = ImageInfo.from_array(np.zeros((*size, 1), np.float32), "a")
     write_thumbnail(tmp_path / "a.webp", Nuclei.from_masks([nucleus], [1], size), image)
     with Image.open(tmp_path / "a.webp") as file:

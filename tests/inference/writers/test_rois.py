@@ -5,9 +5,9 @@ import pytest
 import roifile
 from matplotlib.path import Path as Outline
 
-from nuclei_d2.data.datasets.coco import BoxedMask
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.writers.rois import write_rois
+from nuclei_d2.structures.cropped_mask import CroppedMask
 
 
 def fill(roi: roifile.ImagejRoi, size: tuple[int, int]) -> np.ndarray:
@@ -51,7 +51,7 @@ def test_far_from_the_origin(tmp_path, blank):
     mask = np.ones((2, 3), bool)
     holed = np.pad(np.zeros((1, 1), bool), 1, constant_values=True)
     nuclei = Nuclei.from_masks(
-        [BoxedMask(mask, 5, 70_000), BoxedMask(holed, 70_000, 70_001)], [2, 1], (80_000, 80_000)
+        [CroppedMask(mask, 5, 70_000), CroppedMask(holed, 70_000, 70_001)], [2, 1], (80_000, 80_000)
     )
     write_rois(tmp_path / "a.zip", nuclei, blank)
     polygon, composite = roifile.roiread(tmp_path / "a.zip")

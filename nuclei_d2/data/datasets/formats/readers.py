@@ -9,10 +9,11 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from skimage.measure import label as connected_components
 
-from nuclei_d2.data.datasets.coco import box_mask, label_image_to_masks, segmentation_to_rle
+from nuclei_d2.data.datasets.coco import segmentation_to_rle
 from nuclei_d2.data.datasets.prepare import NamedMask
 from nuclei_d2.data.datasets.sources import SourceFile
 from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.structures.cropped_mask import crop_mask, label_image_to_masks
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -22,7 +23,7 @@ def read_mask_files(height: int, width: int, files: Sequence[SourceFile]) -> lis
     for file in files:
         mask = _decode_mask(file)
         check_size(file, mask, height, width)
-        named.append(NamedMask(file.path.name, box_mask(mask)))
+        named.append(NamedMask(file.path.name, crop_mask(mask)))
     return named
 
 
@@ -66,7 +67,7 @@ def read_coco_annotations(
         segmentation = annotation.get("segmentation")
         rle = segmentation_to_rle(segmentation, (height, width), f"{source}: {name}")
         drop = "crowd" if annotation.get("iscrowd") else ""
-        named.append(NamedMask(name, box_mask(mask_util.decode(rle)), drop))
+        named.append(NamedMask(name, crop_mask(mask_util.decode(rle)), drop))
     return named
 
 
