@@ -58,7 +58,7 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.INPUT.PIXEL_SIZE = 0.0
     # Least and greatest value of each measure in the training images, as the network sees them,
     # outside of which prediction warns; training measures them. []: unknown.
-    # nuclei_d2.inference.image_measures defines the measures.
+    # nuclei_d2.data.image_measures defines the measures.
     cfg.INPUT.TRAINING_RANGES = CfgNode()
     cfg.INPUT.TRAINING_RANGES.FOCUS = []  # 0 to 1: fine edges over coarse ones
     cfg.INPUT.TRAINING_RANGES.NOISE = []  # standard deviation, share of full scale

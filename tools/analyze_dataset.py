@@ -26,7 +26,7 @@ from nuclei_d2.data.datasets.statistics import (
     propose,
     summarize,
 )
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import atomic_path, jsonable, write_json
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.formats.folder import image_key, labels_by_key
-from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
+from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.inference.duplicates import drop_duplicates
 from nuclei_d2.inference.inputs import find_images, is_image_name, unique_stems
 from nuclei_d2.inference.predictor import NucleiPredictor

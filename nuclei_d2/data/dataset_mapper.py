@@ -13,7 +13,8 @@ from scipy import ndimage
 
 from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.datasets.coco import segmentation_to_rle
-from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
+from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.data.targets import build_target
 from nuclei_d2.structures import LabelMasks
 from nuclei_d2.utils.errors import NucleiError

@@ -31,6 +31,7 @@ from nuclei_d2.data.augmentation import CenterCrop, build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.data.datasets.statistics import median_diameter
+from nuclei_d2.data.image_measures import training_ranges
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.checks import check_run, data_warnings
 from nuclei_d2.engine.hooks import (
@@ -47,7 +48,6 @@ from nuclei_d2.evaluation.efficiency import (
     measured_inference,
     model_cost,
 )
-from nuclei_d2.inference.image_measures import training_ranges
 from nuclei_d2.modeling import build_model
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json

@@ -18,7 +18,7 @@ from skimage.metrics import contingency_table
 
 from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.evaluation.instances import layers_from_scored_masks
 from nuclei_d2.inference.predictor import NucleiPredictor
 from nuclei_d2.modeling import UNet

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.modeling.roi_heads.boundary_mask_head import INFERENCE_ROIS
 
 
@@ -43,7 +43,7 @@ class Preprocessing(nn.Module):
         return image.flip(0) if self.is_bgr else image
 
     def normalize(self, image: Tensor) -> Tensor:
-        """:func:`nuclei_d2.data.image_io.normalize` of (C, H, W) float32."""
+        """:func:`nuclei_d2.data.normalization.normalize` of (C, H, W) float32."""
         values = image.flatten()
         darkest, brightest = float(values.min()), float(values.max())
         floor = self.noise_floor * estimate_noise(image)
@@ -66,7 +66,7 @@ def percentile(values: Tensor, percent: float) -> float:
 
 
 def estimate_noise(image: Tensor) -> float:
-    """:func:`nuclei_d2.data.image_io.estimate_noise` of (C, H, W) float32."""
+    """:func:`nuclei_d2.data.normalization.estimate_noise` of (C, H, W) float32."""
     if min(image.shape[1], image.shape[2]) < 3:
         return 0.0
     # The mask is the second difference along the columns times that along the rows.

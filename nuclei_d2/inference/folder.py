@@ -18,7 +18,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from nuclei_d2.data.image_io import ContrastRange
+from nuclei_d2.data.normalization import ContrastRange
 from nuclei_d2.inference.inputs import unique_stems
 from nuclei_d2.inference.manifest import file_version, manifest
 from nuclei_d2.inference.nuclei import ImageInfo

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from detectron2.structures import Instances
 
-from nuclei_d2.data.image_io import ContrastRange
+from nuclei_d2.data.normalization import ContrastRange
 from nuclei_d2.structures.cropped_mask import CroppedMask, instances_to_masks
 
 _DETECTRON2_FIELDS = {"pred_boxes", "scores", "pred_classes", "pred_masks", "pred_boundaries"}

@@ -12,14 +12,14 @@ import numpy as np
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
-from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
-from nuclei_d2.inference.image_measures import (
+from nuclei_d2.data.image_measures import (
     count_pixels,
     image_measures,
     judge,
     measure_warnings,
 )
+from nuclei_d2.data.normalization import ContrastRange, ImageNormalizer
+from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.image_source import ImageSource, open_image
 from nuclei_d2.inference.network import TileNetwork
 from nuclei_d2.inference.nuclei import Nuclei, nuclei_quality

@@ -10,7 +10,8 @@ from detectron2.structures import Instances
 
 from nuclei_d2.config import check_device
 from nuclei_d2.data.augmentation import build_augmentation
-from nuclei_d2.data.image_io import ImageNormalizer, read_image
+from nuclei_d2.data.image_io import read_image
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.modeling import build_model
 

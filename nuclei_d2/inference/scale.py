@@ -11,7 +11,7 @@ from torch import nn
 
 from nuclei_d2.data.augmentation import ResampleTransform
 from nuclei_d2.data.datasets.statistics import equivalent_diameter
-from nuclei_d2.data.image_io import ContrastRange, ImageNormalizer
+from nuclei_d2.data.normalization import ContrastRange, ImageNormalizer
 from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.image_source import ImageSource
 from nuclei_d2.structures.cropped_mask import split_masks

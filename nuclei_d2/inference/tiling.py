@@ -199,7 +199,7 @@ class TileResult(NamedTuple):
         capped: whether the model returned as many nuclei as it may.
         invisible: nuclei with their centre in the owned part that the noise hides; they count
             nowhere else.
-        counts: :func:`~nuclei_d2.inference.image_measures.count_pixels` of the owned part.
+        counts: :func:`~nuclei_d2.data.image_measures.count_pixels` of the owned part.
     """
 
     tile: Tile

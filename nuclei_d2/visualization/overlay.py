@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours, subdivide_polygon
 
-from nuclei_d2.data.image_io import ContrastRange, contrast_range
+from nuclei_d2.data.normalization import ContrastRange, contrast_range
 from nuclei_d2.structures import BoxedMasks, LabelMasks
 from nuclei_d2.structures.box_pairs import near_pairs
 from nuclei_d2.structures.cropped_mask import CroppedMask, label_image_to_masks, split_masks
@@ -42,7 +42,7 @@ def stretch(image: np.ndarray, contrast: ContrastRange | None = None) -> np.ndar
     Args:
         image: (H, W, 1 or 3) float32 raw grey levels (grey or RGB).
         contrast: grey levels that become black and white; None: those of the image by the default
-            settings of :func:`~nuclei_d2.data.image_io.contrast_range`.
+            settings of :func:`~nuclei_d2.data.normalization.contrast_range`.
 
     Returns:
         (H, W, 3) uint8.

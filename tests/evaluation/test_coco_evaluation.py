@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from tiny import in_two_processes
 
 from nuclei_d2.evaluation.coco_evaluation import NucleiCOCOEvaluator, coco_ap, dataset_to_coco
-from nuclei_d2.structures.label_instances import predictions_from_labels
+from nuclei_d2.modeling.label_instances import predictions_from_labels
 from nuclei_d2.utils.errors import NucleiError
 
 

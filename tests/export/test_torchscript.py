@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.augmentation import build_augmentation
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.export.torchscript import DetectorPackage, Preprocessing, paste
 from nuclei_d2.structures.boxed_masks import paste_masks
 

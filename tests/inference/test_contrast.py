@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nuclei_d2.data.image_io import contrast_range
+from nuclei_d2.data.normalization import contrast_range
 from nuclei_d2.inference.contrast import nuclear_contrast
 from nuclei_d2.structures.cropped_mask import CroppedMask
 

@@ -6,7 +6,7 @@ from detectron2.structures import Boxes, Instances
 from tiny import CONFIGS, TINY_OPTS, draw_nuclei
 
 from nuclei_d2.config import load_config
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.inference.network import TileNetwork, _place_boxes, _upright
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.predictor import NucleiPredictor

@@ -8,7 +8,7 @@ from skimage.draw import disk
 from tiny import CONFIGS
 
 from nuclei_d2.config import load_config
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.inference.scale import (
     FACTORS,
     VIEW,

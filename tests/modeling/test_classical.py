@@ -4,7 +4,7 @@ import torch
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.engine.trainer import NucleiTrainer
 from nuclei_d2.inference.predictor import NucleiPredictor

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nuclei_d2.data.image_io import contrast_range
+from nuclei_d2.data.normalization import contrast_range
 from nuclei_d2.structures import LabelMasks
 from nuclei_d2.visualization.overlay import (
     PALETTE,

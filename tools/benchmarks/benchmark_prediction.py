@@ -35,12 +35,13 @@ from nuclei_d2.data.augmentation import ResampleTransform
 from nuclei_d2.data.datasets.builtin import register_from_config
 from nuclei_d2.data.datasets.statistics import median_diameter
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
-from nuclei_d2.data.image_io import ImageNormalizer, read_image
+from nuclei_d2.data.image_io import read_image
+from nuclei_d2.data.image_measures import MEASURES, count_pixels, image_measures, judge
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.evaluation.bootstrap import RESAMPLES, bootstrap_weights, percentile_interval
 from nuclei_d2.evaluation.instances import rle_to_mask
 from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.duplicates import find_overlaps
-from nuclei_d2.inference.image_measures import MEASURES, count_pixels, image_measures, judge
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
 from nuclei_d2.inference.tiling import Grid, make_grid

@@ -40,7 +40,8 @@ from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.dataset_mapper import NucleiDatasetMapper, labels_to_instances, read_labels
 from nuclei_d2.data.datasets.coco import load_nuclei_json, mask_to_annotation, write_coco_json
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
-from nuclei_d2.data.image_io import ImageNormalizer, read_image
+from nuclei_d2.data.image_io import read_image
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.evaluation.coco_evaluation import NucleiCOCOEvaluator, instances_to_results
 from nuclei_d2.evaluation.efficiency import count_flops

@@ -14,7 +14,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 from numpy.typing import ArrayLike
 
-from nuclei_d2.data.image_io import ImageNormalizer, read_image, read_label
+from nuclei_d2.data.image_io import read_image, read_label
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.structures.cropped_mask import crop_mask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError
 

@@ -11,8 +11,8 @@ from detectron2.modeling.postprocessing import sem_seg_postprocess
 from skimage.filters import threshold_otsu
 from torch import nn
 
+from nuclei_d2.modeling.label_instances import predictions_from_labels
 from nuclei_d2.modeling.postprocessing import decode_by_shape, score_nuclei
-from nuclei_d2.structures.label_instances import predictions_from_labels
 from nuclei_d2.utils.timing import stage
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from nuclei_d2.data.targets import CLASS_NAMES, IGNORE
 from nuclei_d2.modeling.backbone import UNetDecoder
+from nuclei_d2.modeling.label_instances import predictions_from_labels
 from nuclei_d2.modeling.losses import class_loss, dice_loss, distance_loss
 from nuclei_d2.modeling.postprocessing import Decoder
-from nuclei_d2.structures.label_instances import predictions_from_labels
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.precision import inference_precision, infers_in_bfloat16
 from nuclei_d2.utils.timing import stage

@@ -22,7 +22,7 @@ from nuclei_d2.data.datasets.statistics import (
     propose_scale,
     summarize,
 )
-from nuclei_d2.data.image_io import ImageNormalizer
+from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.structures.cropped_mask import crop_mask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError
 

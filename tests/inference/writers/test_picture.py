@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nuclei_d2.data.image_io import ContrastRange
+from nuclei_d2.data.normalization import ContrastRange
 from nuclei_d2.inference.nuclei import ImageInfo, Nuclei
 from nuclei_d2.inference.writers import picture
 from nuclei_d2.inference.writers.picture import write_picture, write_thumbnail

@@ -13,7 +13,8 @@ from detectron2.config import CfgNode
 
 from nuclei_d2.data.augmentation import ResampleTransform
 from nuclei_d2.data.datasets.statistics import median_diameter
-from nuclei_d2.data.image_io import ImageNormalizer, estimate_noise, read_image
+from nuclei_d2.data.image_io import read_image
+from nuclei_d2.data.normalization import ImageNormalizer, estimate_noise
 
 TRAINING_IMAGES = 100  # at most, evenly spread over the training sets
 _PERCENTILES = (1, 99)  # of the training images

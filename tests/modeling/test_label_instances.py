@@ -2,8 +2,8 @@ import numpy as np
 import torch
 from detectron2.structures import Instances
 
+from nuclei_d2.modeling.label_instances import predictions_from_labels
 from nuclei_d2.structures import LabelMasks
-from nuclei_d2.structures.label_instances import predictions_from_labels
 
 LABELS = np.zeros((6, 8), np.int32)
 LABELS[1:3, 1:4] = 1

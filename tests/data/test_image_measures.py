@@ -6,7 +6,7 @@ from tiny import draw_nuclei
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.coco import mask_to_annotation
-from nuclei_d2.inference.image_measures import (
+from nuclei_d2.data.image_measures import (
     count_pixels,
     image_measures,
     judge,
