@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from nuclei_d2.data.normalization import ContrastRange
-from nuclei_d2.inference.inputs import unique_stems
+from nuclei_d2.inference.inputs import image_name, unique_stems
 from nuclei_d2.inference.manifest import file_version, manifest
 from nuclei_d2.inference.nuclei import ImageInfo
 from nuclei_d2.inference.overview import TABLE, write_overview
@@ -247,7 +247,7 @@ class FolderPrediction:
             nuclei, record = pipeline.find(source, folder / digest[:16])
             low, high = (record["contrast"][end] for end in ("low", "high"))
             info = ImageInfo(
-                source.path.name,
+                image_name(source.path),
                 source.read,
                 source.channels,
                 pipeline.pixel_size_of(source),
@@ -378,6 +378,6 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, NucleiError):
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return f"{path}: out of memory; use a smaller --tile"
+        return f"{path}: out of memory; use a smaller --tile, or save the image as a tiled TIFF"
     text = " ".join(str(error).split())
     return f"{path}: {type(error).__name__}: {text}"

@@ -73,10 +73,19 @@ def unique_stems(paths: Sequence[Path]) -> list[str]:
 
 
 def _stem(path: Path) -> str:
+    first, *inside = _names(path)
+    return "_".join([Path(first).stem, *inside])
+
+
+def image_name(path: Path) -> str:
+    """What results call an image: the file's name; in a Zarr folder ``plate.zarr/A/1/0``."""
+    return "/".join(_names(path))
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    """The file's name, or names from the outermost Zarr folder on."""
     if not path.is_dir():
-        return path.stem
+        return (path.name,)
     path = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its name
     whole = [parent for parent in path.parents if _is_zarr(parent)]
-    if not whole:
-        return path.stem
-    return "_".join([whole[-1].stem, *path.relative_to(whole[-1]).parts])
+    return path.relative_to(whole[-1].parent).parts if whole else (path.name,)

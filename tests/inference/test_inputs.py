@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nuclei_d2.inference.inputs import find_images, unique_stems
+from nuclei_d2.inference.inputs import find_images, image_name, unique_stems
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -64,6 +64,7 @@ def test_an_image_in_a_zarr_is_called_after_the_whole(zarrs, monkeypatch):
     names = ("plate.zarr/A/1/0", "plate.zarr/A/1/1", "two.zarr/0", "two.zarr/1", "two.zarr")
     expected = ["plate_A_1_0", "plate_A_1_1", "two_0", "two_1", "two"]
     assert unique_stems([zarrs / name for name in names]) == expected
+    assert [image_name(zarrs / name) for name in names] == list(names)
     monkeypatch.chdir(zarrs / "two.zarr")
     assert unique_stems([Path("0"), Path(), Path("../image")]) == ["two_0", "two", "image"]
 

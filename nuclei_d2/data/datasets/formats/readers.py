@@ -35,6 +35,8 @@ def _decode_mask(file: SourceFile) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             # Not image_io: a data set has tens of thousands, and these need no temporary file.
             pixels = np.asarray(image if image.mode in ("1", "L") else image.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises errors of every kind on broken files
         raise NucleiError(f"{file}: truncated or no readable mask ({error})") from error
     return pixels > 0 if pixels.ndim == 2 else pixels.any(axis=2)
