@@ -151,8 +151,10 @@ def _best(findings: Findings) -> str:
         "worse": "the tests reverse the order",
     }.get(verdict(lead), "the difference may be chance")
     title, other = map(findings.study.model_title, (best, second))
+    seeds = findings.seeds(task, best)
+    of = f"of the models with {seeds} seeds, " if seeds > 1 else ""
     return (
-        f"**Which is best?** On the validation images {title}, which on the test images has "
+        f"**Which is best?** On the validation images, {of}{title}, which on the test images has "
         f"{with_interval(found, 3)} in {metric.title}: {with_interval(lead, 3, sign=True)} more "
         f"than the next one in validation, {other}; {phrase}.{_not_chosen_from(findings, names)}"
     )

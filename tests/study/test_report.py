@@ -177,6 +177,9 @@ def test_the_best_model_is_chosen_on_validation_images(make_study, fabricate):
     findings = Findings(study, load_results(study))
     assert findings.best(findings.main, ["mask_rcnn", "unet"]) == "unet"
     assert findings.best(findings.main, []) is None
+    shutil.rmtree(study.results_dir / "a" / "unet" / "seed1")
+    findings = Findings(study, load_results(study))
+    assert findings.best(findings.main, ["mask_rcnn", "unet"]) == "mask_rcnn"  # it has more seeds
 
 
 def test_programs_without_validation_images_are_said_not_to_be_chosen_from(make_study, fabricate):
