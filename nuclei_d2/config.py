@@ -380,7 +380,7 @@ def check_device(cfg: CfgNode) -> None:
         if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
             if device.index:
                 torch.cuda.set_device(device)
-            return  # without making a CUDA context, which would stay in this process
+            return  # without a tensor on the first GPU, whose context would stay in this process
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise NucleiError(

@@ -75,7 +75,7 @@ def _own_identifier(stated: str | None, names: dict[str, str], name: str) -> str
     """Which of a set (identifier -> file name) a file is, by what it states or by its name."""
     if stated in names:
         return stated
-    if stated is None and len(names) == 1:  # renamed
+    if len(names) == 1:  # renamed
         return next(iter(names))
     return next((own for own, other in names.items() if other.lower() == name.lower()), None)
 

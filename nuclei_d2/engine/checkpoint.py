@@ -56,7 +56,7 @@ class NucleiCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Record, atomically, the file that ``--resume`` continues from."""
-        with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:
+        with atomic_path(Path(self.save_dir) / "last_checkpoint", durable=True) as temporary:
             temporary.write_text(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:

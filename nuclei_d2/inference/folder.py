@@ -337,11 +337,19 @@ def _is_of(record: dict[str, Any], path: Path) -> bool:
         is_alike = Path(record["file"]).parts[-2:] == path.parts[-2:]
         return is_alike and not _has_changed(path, record)
     before, now = Path(record["file_path"]), path.resolve()
-    if before == now:
+    if before == now or _is_same_file(before, now):
         return True
     # Moved, or mounted elsewhere: experiments like to have the same last folder, exp1/images.
     is_alike = before.parts[-3:] == now.parts[-3:] and not _has_changed(now, record)
     return is_alike and not os.path.exists(before)  # noqa: PTH110 - of others' folders raises
+
+
+def _is_same_file(first: Path, second: Path) -> bool:
+    """Whether two paths lead to one file, as two mounts do."""
+    try:
+        return first.samefile(second)
+    except OSError:  # one is not there, or lies in another user's folder
+        return False
 
 
 def _has_changed(path: Path, record: dict[str, Any]) -> bool:

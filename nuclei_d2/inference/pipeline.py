@@ -12,6 +12,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
+from nuclei_d2.data.datasets.statistics import equivalent_diameter
 from nuclei_d2.data.image_measures import (
     count_pixels,
     image_measures,
@@ -151,7 +152,7 @@ class NucleiPipeline:
         grid = make_grid(source.size, scale, self.options.tile, self.options.overlap)
         results = self._find_in_tiles(image, grid, folder)
         nuclei, seams = merge_tiles(results, grid)
-        diameter = float(np.median(np.sqrt(4 / np.pi * nuclei.areas))) if len(nuclei) else None
+        diameter = float(np.median(equivalent_diameter(nuclei.areas))) if len(nuclei) else None
         nuclei.measures["quality"] = nuclei_quality(nuclei)
         counts = np.sum([result.counts for result in results], axis=0)
         values = image_measures(counts, diameter and diameter * scale)

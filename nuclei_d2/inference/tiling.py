@@ -264,6 +264,8 @@ def load_result(path: Path, tile: Tile, grid: Grid) -> TileResult | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
+    except MemoryError:
+        raise
     except Exception:  # none, or damaged by a power cut: a ZIP may be wrong in many ways
         return None
     if "counts" not in arrays or len(arrays["rest"]) != _NUMBERS:

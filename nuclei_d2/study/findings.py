@@ -101,9 +101,10 @@ class Findings:
         return min(known) / 60 if known else None
 
     def step_seconds(self, task: Task, model: str) -> float | None:
-        """Of a training step: as calibrated, else, without a budget, as in training."""
+        """Of a training step: as calibrated, else, without a calibration, as in training."""
+        named = self.study.models.get(model)
         calibrated = read_calibration(self.study, task.name, model)
-        if calibrated:
+        if calibrated and not (named and named.steps_of):
             return calibrated
         minutes, iterations = (
             self.training_minutes(task, model),

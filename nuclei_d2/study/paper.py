@@ -267,6 +267,10 @@ def _training(findings: Findings) -> str:
             f" Every model was given a budget of {study.budget:g} minutes, validation apart: its "
             "schedule was stretched by the time of its first steps, measured before its first seed."
         )
+        for model in (study.models.get(name) for name in findings.models(task)):
+            if model and model.steps_of:
+                other = study.model_title(model.steps_of)
+                text += f" {study.model_title(model.name)} got the number of steps of {other}."
     minutes = {model: findings.training_minutes(task, model) for model in findings.models(task)}
     told = [
         f"{number(value)} ({study.model_title(model)})" for model, value in minutes.items() if value

@@ -141,11 +141,12 @@ class Study:
         for task in self.tasks.values():
             for seed in task.seeds or self.seeds:
                 names = task.models or tuple(self.models)
-                runs += [self._run(task, self.models[name], seed) for name in names]
+                runs += [self.run(task, self.models[name], seed) for name in names]
         # What is not trained has no seeds.
         return [run for run in runs if run.is_trained or run.seed == _first_seed(run, self)]
 
-    def _run(self, task: Task, model: Model, seed: int) -> Run:
+    def run(self, task: Task, model: Model, seed: int) -> Run:
+        """One of :meth:`runs`, whether it is among them or not."""
         options = {
             **self.options,
             **task.options,

@@ -271,23 +271,19 @@ class Runner:
         with self._calibrating[path], _locked(folder, run.key, wait=True):
             schedule = self._known_schedule(run)
             if schedule is None:
-                self._check_rivals(run)
                 self._calibrate(run, path, folder, lock)
                 schedule = self._known_schedule(run)
         if path.is_file():
             self._check_threads(path)
         return schedule
 
-    def _check_rivals(self, run: Run) -> None:
-        """Models of one task are compared: their steps have to be measured alike."""
+    def _calibration_length(self, run: Run) -> int:
+        """Iterations: those of its rivals in the task, which another version may have measured."""
         for name in self.study.models:
             path = calibration_file(self.study, run.task.name, name)
-            steps = read_json(path)["iterations"] if path.is_file() else CALIBRATION_ITERATIONS
-            if steps != CALIBRATION_ITERATIONS:
-                raise NucleiError(
-                    f"{path}: measured with {steps} iterations by another version, this one "
-                    f"measures {CALIBRATION_ITERATIONS}; use other --output and --results"
-                )
+            if path.is_file():
+                return read_json(path)["iterations"]
+        return CALIBRATION_ITERATIONS
 
     def _check_threads(self, path: Path) -> None:
         then, now = read_json(path)["threads"], int(self._environment["OMP_NUM_THREADS"])
@@ -299,12 +295,15 @@ class Runner:
 
     def _calibrate(self, run: Run, path: Path, folder: Path, lock: int) -> None:
         (folder / "metrics.json").unlink(missing_ok=True)
-        options = [*run.options, *calibration_options(run.seed), "OUTPUT_DIR", str(folder)]
+        run = self.study.run(run.task, self.study.models[run.model.calibrated], run.seed)
+        iterations = self._calibration_length(run)
+        options = [*run.options, *calibration_options(run.seed, iterations)]
+        options += ["OUTPUT_DIR", str(folder)]
         words = [*self._commands.train, "--config-file", run.model.config, *options]
         self._call(words, folder, "calibrate", lock)
         content = {
             "seconds_per_iteration": seconds_per_iteration(read_metrics(folder / "metrics.json")),
-            "iterations": CALIBRATION_ITERATIONS,
+            "iterations": iterations,
             "jobs": self._jobs,
             "threads": int(self._environment["OMP_NUM_THREADS"]),
         }

@@ -357,6 +357,14 @@ def test_a_record_without_the_absolute_path_is_current_but_never_replaced(images
     assert json.loads(path.read_text()) == record
 
 
+def test_a_file_is_the_same_behind_another_path(images, tmp_path):
+    run(prediction(images[:1], tmp_path))
+    elsewhere = tmp_path / "mounted" / "there" / "a.png"
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.hardlink_to(images[0])
+    assert run(prediction([elsewhere], tmp_path)) == []
+
+
 def test_a_format_that_is_given_twice_is_written_once(images, tmp_path):
     (outcome,) = run(prediction(images[:1], tmp_path, formats=("csv", "labels", "csv")))
     assert not outcome.failed

@@ -300,7 +300,7 @@ def select_masks(
 
     Returns:
         labels: (H, W) uint16; label i + 1 is mask ``kept[i]``
-            (see :func:`~nuclei_d2.data.datasets.coco.masks_to_label_image`).
+            (see :func:`~nuclei_d2.structures.cropped_mask.masks_to_label_image`).
         kept: indices into ``named``.
         dropped: for each other one ``{"mask": its name, "reason": ...}``, and for a duplicate
             ``"of"``: the name of the earlier one.
