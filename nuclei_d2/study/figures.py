@@ -18,8 +18,11 @@ from nuclei_d2.study.statistics import Estimate, estimate
 from nuclei_d2.study.tables import TOUCHING_NAMES
 from nuclei_d2.utils.files import atomic_path
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# Okabe and Ito's colours, which the colour-blind can tell apart, and two more.
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"),
+    *("#56B4E9", "#000000", "#999999", "#8C564B", "#B0A000"),
+)
 _MARKERS = "osD^vP"
 _STYLE = {
     "svg.hashsalt": "nuclei_d2",  # else ids are random
