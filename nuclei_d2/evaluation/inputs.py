@@ -36,7 +36,7 @@ from nuclei_d2.utils.errors import NucleiError
 
 # JPEG is left out: it is lossy, and labels do not survive it.
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
-_LABEL_ENDINGS = ("_cp_masks", "_masks")
+_LABEL_ENDINGS = ("_cp_masks", "_masks", "_labels")
 
 
 class ScoredMasks(NamedTuple):
@@ -155,7 +155,7 @@ def _label_images(folder: Path) -> dict[str, ImageSource]:
         for file in sorted(folder.iterdir())
         if file.suffix.lower() in _LABEL_SUFFIXES and not file.name.startswith(".")
     ]
-    # Cellpose puts its masks beside the images.
+    # Cellpose puts its masks beside the images, tools/predict.py other results beside its labels.
     files = [file for file in files if file.stem.endswith(_LABEL_ENDINGS)] or files
     images: dict[str, ImageSource] = {}
     for file in files:

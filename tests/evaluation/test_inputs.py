@@ -33,6 +33,19 @@ def test_two_coco_images_of_one_name(tmp_path, names):
         open_ground_truth(path)
 
 
+def test_the_output_folder_of_a_prediction_is_one_of_label_images(tmp_path):
+    labels = np.array([[0, 1, 1], [2, 0, 0]], np.uint16)
+    (tmp_path / "truth").mkdir()
+    Image.fromarray(labels).save(tmp_path / "truth" / "a.png")
+    (tmp_path / "out").mkdir()
+    Image.fromarray(labels).save(tmp_path / "out" / "a_labels.tif")
+    Image.new("RGB", (3, 2)).save(tmp_path / "out" / "a_overlay.png")
+    truth = open_ground_truth(tmp_path / "truth")
+    found = open_predictions(tmp_path / "out", truth)
+    assert list(found.images) == ["a"]
+    assert np.array_equal(found.images["a"].read().labels[0], labels)
+
+
 def write_result(path, counts=(2, 3, 19), **change):
     segmentation = {"size": [4, 6], "counts": counts}
     result = {"image_id": 1, "category_id": 1, "segmentation": segmentation, "score": 0.5}
