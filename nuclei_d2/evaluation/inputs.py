@@ -21,6 +21,7 @@ from nuclei_d2.data.datasets.coco import (
     read_coco_json,
     segmentation_to_rle,
 )
+from nuclei_d2.data.datasets.formats.folder import LABEL_ENDINGS
 from nuclei_d2.data.datasets.formats.readers import read_mask_files
 from nuclei_d2.data.datasets.sources import IMAGE_SUFFIXES, SourceFile, list_files
 from nuclei_d2.data.image_io import read_label
@@ -36,7 +37,6 @@ from nuclei_d2.utils.errors import NucleiError
 
 # JPEG is left out: it is lossy, and labels do not survive it.
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
-_LABEL_ENDINGS = ("_cp_masks", "_masks", "_labels")
 
 
 class ScoredMasks(NamedTuple):
@@ -156,10 +156,10 @@ def _label_images(folder: Path) -> dict[str, ImageSource]:
         if file.suffix.lower() in _LABEL_SUFFIXES and not file.name.startswith(".")
     ]
     # Cellpose puts its masks beside the images, tools/predict.py other results beside its labels.
-    files = [file for file in files if file.stem.endswith(_LABEL_ENDINGS)] or files
+    files = [file for file in files if file.stem.endswith(LABEL_ENDINGS)] or files
     images: dict[str, ImageSource] = {}
     for file in files:
-        ending = next((e for e in _LABEL_ENDINGS if file.stem.endswith(e)), "")
+        ending = next((e for e in LABEL_ENDINGS if file.stem.endswith(e)), "")
         name = file.stem.removesuffix(ending)
         if name in images:
             raise NucleiError(f"{file} and {images[name].where} are both called {name}; keep one")

@@ -355,6 +355,12 @@ def test_folder_of_cellpose(tmp_path):
     assert masks_of(run(listing, tmp_path), "set_train")["a.png"] == LABEL_MASKS
 
 
+def test_label_images_of_a_prediction(tmp_path):
+    both = save(tmp_path / "both", {"a.png": png(GREY), "a_labels.png": png(LABELS)})
+    (record,) = list_folder(both, both, train).records
+    assert (record.image_id, record.image.name) == ("a", "a.png")
+
+
 def test_label_images_named_after_the_whole_name_of_the_image(tmp_path):
     names = ["a_img.png", "a_img_cp_masks.png", "b_img.png", "b_img_masks.png"]
     both = save(tmp_path / "both", dict.fromkeys(names, png(LABELS)))

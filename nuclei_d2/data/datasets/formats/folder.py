@@ -13,7 +13,7 @@ from nuclei_d2.utils.errors import NucleiError
 
 F = TypeVar("F", PurePath, SourceFile)
 
-_LABEL_ENDINGS = ("_cp_masks", "_masks")
+LABEL_ENDINGS = ("_cp_masks", "_masks", "_labels")  # of Cellpose, others, tools/predict.py
 _IMAGE_ENDINGS = ("_img",)
 
 
@@ -23,9 +23,9 @@ def list_folder(
     split: Callable[[str], str],
     modality: str | None = None,
 ) -> Listing:
-    """Pair images and label images by stem, without ``_masks`` or ``_cp_masks`` and ``_img``.
+    """Pair images and label images by stem, without :data:`LABEL_ENDINGS` and ``_img``.
 
-    Both may lie in one folder, where the label images are those that end in ``_masks``.
+    Both may lie in one folder, where the label images are those with such an ending.
     Images without a label image are left out.
 
     Args:
@@ -65,7 +65,7 @@ def labels_by_key(files: Iterable[F], among_images: bool) -> dict[str, F]:
 
     Args:
         files: label images; their stems are those of the images, with or without ``_img``, and
-            then ``_masks``, ``_cp_masks`` or nothing.
+            then one of :data:`LABEL_ENDINGS` or nothing.
         among_images: the files are images, too, so only those with such an ending count.
 
     Raises:
@@ -77,11 +77,11 @@ def labels_by_key(files: Iterable[F], among_images: bool) -> dict[str, F]:
 
 def _label_key(file: PurePath | SourceFile) -> str:
     """Some label images are named after the image with its ending: ``a_img_cp_masks``."""
-    return _remove_ending(_remove_ending(file.stem, _LABEL_ENDINGS), _IMAGE_ENDINGS)
+    return _remove_ending(_remove_ending(file.stem, LABEL_ENDINGS), _IMAGE_ENDINGS)
 
 
 def _is_label(file: F) -> bool:
-    return file.stem.endswith(_LABEL_ENDINGS)
+    return file.stem.endswith(LABEL_ENDINGS)
 
 
 def _remove_ending(stem: str, endings: tuple[str, ...]) -> str:
