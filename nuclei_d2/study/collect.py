@@ -153,10 +153,10 @@ def calibration_file(study: Study, task: str, model: str) -> Path:
     return study.results_dir / task / model / "calibration.json"
 
 
-def read_calibration(study: Study, task: str, model: str) -> float | None:
-    """Seconds of a training step; None where it was not measured."""
+def read_calibration(study: Study, task: str, model: str) -> dict[str, Any] | None:
+    """The time of a training step ("seconds_per_iteration") and how it was measured, if it was."""
     path = calibration_file(study, task, model)
-    return read_json(path)["seconds_per_iteration"] if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def load_results(study: Study) -> list[RunResult]:

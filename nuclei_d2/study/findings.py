@@ -105,7 +105,7 @@ class Findings:
         named = self.study.models.get(model)
         calibrated = read_calibration(self.study, task.name, model)
         if calibrated and not (named and named.steps_of):
-            return calibrated
+            return calibrated["seconds_per_iteration"]
         minutes, iterations = (
             self.training_minutes(task, model),
             self.cost(task, model, "iterations"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 
 from nuclei_d2.evaluation.bootstrap import sample_warning
+from nuclei_d2.study.collect import read_calibration
 from nuclei_d2.study.findings import Findings, touching_share
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
@@ -265,7 +266,8 @@ def _training(findings: Findings) -> str:
     if study.budget is not None:
         text += (
             f" Every model was given a budget of {study.budget:g} minutes, validation apart: its "
-            "schedule was stretched by the time of its first steps, measured before its first seed."
+            f"schedule was stretched by the time of its first {_calibrations(findings)}, measured "
+            "before its first seed."
         )
         for model in (study.models.get(name) for name in findings.models(task)):
             if model and model.steps_of:
@@ -281,6 +283,20 @@ def _training(findings: Findings) -> str:
             "seed that was disturbed least: medians of 20 steps, summed."
         )
     return text
+
+
+def _calibrations(findings: Findings) -> str:
+    """How many steps of each model were measured: it decides how long the training takes."""
+    titles: dict[int, list[str]] = {}
+    for name, model in findings.study.models.items():
+        measured = read_calibration(findings.study, findings.main.name, name)
+        if measured and not model.steps_of:
+            titles.setdefault(measured["iterations"], []).append(findings.study.model_title(name))
+    if not titles:
+        return "steps"
+    usual = max(titles, key=lambda steps: len(titles[steps]))
+    others = [f"{steps} for {listed(titles[steps])}" for steps in titles if steps != usual]
+    return f"{usual} steps" + (f" ({listed(others)})" if others else "")
 
 
 def _others(findings: Findings) -> str:

@@ -260,9 +260,10 @@ class Runner:
             return ()
         if study.budget is None:
             return schedule_options(run.cfg, validations=study.validations)
-        seconds = read_calibration(study, run.task.name, run.model.name)
-        if seconds is None:
+        calibration = read_calibration(study, run.task.name, run.model.name)
+        if calibration is None:
             return None
+        seconds = calibration["seconds_per_iteration"]
         return schedule_options(run.cfg, seconds, study.budget, study.validations)
 
     def _schedule(self, run: Run, lock: int) -> tuple[str, ...]:
@@ -277,14 +278,6 @@ class Runner:
             self._check_threads(path)
         return schedule
 
-    def _calibration_length(self, run: Run) -> int:
-        """Iterations: those of its rivals in the task, which another version may have measured."""
-        for name in self.study.models:
-            path = calibration_file(self.study, run.task.name, name)
-            if path.is_file():
-                return read_json(path)["iterations"]
-        return CALIBRATION_ITERATIONS
-
     def _check_threads(self, path: Path) -> None:
         then, now = read_json(path)["threads"], int(self._environment["OMP_NUM_THREADS"])
         if then != now:
@@ -296,14 +289,13 @@ class Runner:
     def _calibrate(self, run: Run, path: Path, folder: Path, lock: int) -> None:
         (folder / "metrics.json").unlink(missing_ok=True)
         run = self.study.run(run.task, self.study.models[run.model.calibrated], run.seed)
-        iterations = self._calibration_length(run)
-        options = [*run.options, *calibration_options(run.seed, iterations)]
+        options = [*run.options, *calibration_options(run.seed)]
         options += ["OUTPUT_DIR", str(folder)]
         words = [*self._commands.train, "--config-file", run.model.config, *options]
         self._call(words, folder, "calibrate", lock)
         content = {
             "seconds_per_iteration": seconds_per_iteration(read_metrics(folder / "metrics.json")),
-            "iterations": iterations,
+            "iterations": CALIBRATION_ITERATIONS,
             "jobs": self._jobs,
             "threads": int(self._environment["OMP_NUM_THREADS"]),
         }

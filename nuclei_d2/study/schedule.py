@@ -17,12 +17,12 @@ from nuclei_d2.utils.errors import NucleiError
 CALIBRATION_ITERATIONS = 400
 
 
-def calibration_options(seed: int, iterations: int) -> tuple[str, ...]:
+def calibration_options(seed: int) -> tuple[str, ...]:
     """Options of a short training that measures the time of an iteration, and nothing else."""
     return option_words(
         {
             "SEED": seed,
-            "SOLVER.MAX_ITER": iterations,
+            "SOLVER.MAX_ITER": CALIBRATION_ITERATIONS,
             "SOLVER.CHECKPOINT_PERIOD": 10**9,
             "TEST.EVAL_PERIOD": 0,
             "DATASETS.TEST": (),

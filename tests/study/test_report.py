@@ -139,6 +139,17 @@ def test_times_are_those_that_other_programs_disturbed_least(make_study, fabrica
     assert findings.speed(findings.main, "mask_rcnn", "images") is None
 
 
+def test_the_report_tells_how_many_steps_were_measured(make_study, fabricate):
+    study = make_study(budget=5)
+    fabricate(study, {"unet": 1.0, "mask_rcnn": 1.0})
+    assert "by the time of its first steps, measured" in " ".join(page_of(study).split())
+    for model, steps in ("unet", 100), ("mask_rcnn", 400):
+        path = study.results_dir / f"a/{model}/calibration.json"
+        path.write_text(json.dumps({"seconds_per_iteration": 1.5, "iterations": steps}))
+    page = " ".join(page_of(study).split())
+    assert "of its first 100 steps (400 for mask_rcnn), measured before" in page
+
+
 def test_every_pair_is_drawn_once_and_every_question_asked(make_study, fabricate):
     asked = {
         "separation": {**BOUNDARIES, "metric": "merges_and_splits"},

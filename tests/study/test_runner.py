@@ -138,18 +138,6 @@ def test_a_calibration_holds_for_its_number_of_threads(make_runner):
     assert "measured with 7 threads" in said[0]
 
 
-def test_models_of_one_task_are_calibrated_alike(make_runner, calls):
-    runner = make_runner(budget=5)
-    unet, mask_rcnn = runner.study.runs()[1:3]
-    assert runner.run_all([unet]) == []
-    (path,) = runner.study.results_dir.glob("a/unet/calibration.json")
-    path.write_text(json.dumps({**read(path), "iterations": 100}))
-    calls()
-    assert runner.run_all([mask_rcnn]) == []
-    (path,) = runner.study.results_dir.glob("a/mask_rcnn/calibration.json")
-    assert read(path)["iterations"] == 100
-
-
 def test_several_at_a_time_share_the_cores(make_runner, calls):
     runner = make_runner(jobs=2, budget=5)
     assert runner.run_all(runner.study.runs()) == []
