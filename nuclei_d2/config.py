@@ -334,11 +334,7 @@ def check_config(cfg: CfgNode) -> None:
             raise NucleiError(
                 f"DATASETS.CUSTOM: an entry is [name, annotation JSON, image folder], got {entry}"
             )
-    if cfg.INPUT.SCALE <= 0:
-        raise NucleiError(f"INPUT.SCALE is {cfg.INPUT.SCALE}; it is a factor above 0")
-    crop = list(cfg.INPUT.CROP.SIZE)
-    if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
-        raise NucleiError(f"INPUT.CROP.SIZE is {crop}; give [height, width] in whole pixels")
+    _check_image_keys(cfg)
     cap = cfg.TEST.DETECTIONS_PER_IMAGE
     if cap < 1:
         raise NucleiError(f"TEST.DETECTIONS_PER_IMAGE is {cap}; it counts instances, from 1")
@@ -347,6 +343,22 @@ def check_config(cfg: CfgNode) -> None:
             raise NucleiError(
                 f"INPUT.TRAINING_RANGES.{name} is {list(ends)}; give [lowest, highest], or []"
             )
+
+
+def _check_image_keys(cfg: CfgNode) -> None:
+    if cfg.INPUT.SCALE <= 0:
+        raise NucleiError(f"INPUT.SCALE is {cfg.INPUT.SCALE}; it is a factor above 0")
+    crop = list(cfg.INPUT.CROP.SIZE)
+    if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
+        raise NucleiError(f"INPUT.CROP.SIZE is {crop}; give [height, width] in whole pixels")
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != 3:
+            raise NucleiError(
+                f"MODEL.{key} is {list(cfg.MODEL[key])}; images have three channels, grey ones "
+                "three equal ones: give three numbers"
+            )
+    if not cfg.MODEL.MASK_ON:
+        raise NucleiError("MODEL.MASK_ON is False, but masks are what nuclei are: leave it True")
 
 
 def _check_unused(cfg: CfgNode) -> None:

@@ -53,6 +53,9 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         (["INPUT.SCALE", "-2"], r"INPUT\.SCALE is -2\.0"),
         (["INPUT.CROP.SIZE", "[256]"], r"INPUT\.CROP\.SIZE is \[256\]; .*\[height, width\]"),
         (["INPUT.CROP.SIZE", "[0, 256]"], r"INPUT\.CROP\.SIZE is \[0, 256\]"),
+        (["MODEL.PIXEL_MEAN", "[127.5]"], r"MODEL\.PIXEL_MEAN is \[127\.5\]; .*three"),
+        (["MODEL.PIXEL_STD", "[1.0, 1.0]"], r"MODEL\.PIXEL_STD is \[1\.0, 1\.0\]"),
+        (["MODEL.MASK_ON", "False"], r"MODEL\.MASK_ON is False"),
         (["DATASETS.CUSTOM", "[['a', 'b']]"], r"\[name, annotation JSON, image folder\]"),
     ],
 )

@@ -28,19 +28,11 @@ def check_run(cfg: CfgNode, eval_only: bool) -> None:
     """Look at what a training, or an evaluation, needs beyond a config that can be loaded.
 
     Raises:
-        NucleiError: no data set; no masks; not three channels; a metric that is not measured.
+        NucleiError: no data set; a metric that is not measured.
     """
     sets = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[sets]:
         raise NucleiError(f"DATASETS.{sets} is empty: name a data set")
-    if not cfg.MODEL.MASK_ON:
-        raise NucleiError("MODEL.MASK_ON is False, but masks are what is evaluated: leave it True")
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != 3:
-            raise NucleiError(
-                f"MODEL.{key} is {list(cfg.MODEL[key])}; images have three channels, grey ones "
-                "three equal ones: give three numbers"
-            )
     if cfg.DATASETS.VAL and cfg.TEST.EVAL_PERIOD > 0 and not eval_only:
         check_choice("TEST.BEST_METRIC", cfg.TEST.BEST_METRIC, best_metrics(cfg))
 

@@ -76,7 +76,7 @@ def build_package(cfg: CfgNode, model: nn.Module) -> torch.jit.ScriptModule:
     """Put a model and what is done before and after it into one callable.
 
     Args:
-        model: an R-CNN with masks, or a UNet, in evaluation mode on ``cfg.MODEL.DEVICE``. It is
+        model: an R-CNN or a UNet, in evaluation mode on ``cfg.MODEL.DEVICE``. It is
             left as it was.
 
     Raises:
@@ -88,12 +88,12 @@ def build_package(cfg: CfgNode, model: nn.Module) -> torch.jit.ScriptModule:
         pixels = preprocessing(image)
         if isinstance(model, UNet):
             package = MapsPackage(preprocessing, _trace(model, UNet.predict_maps, _batch(pixels)))
-        elif isinstance(model, GeneralizedRCNN) and cfg.MODEL.MASK_ON:
+        elif isinstance(model, GeneralizedRCNN):
             package = _build_detector(cfg, model, preprocessing, pixels)
         else:
             raise NucleiError(
-                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; only an R-CNN with "
-                "masks or a UNet can be exported"
+                f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; only an R-CNN or a "
+                "UNet can be exported"
             )
         return torch.jit.script(package.eval())
 

@@ -274,8 +274,10 @@ def _select_channel(
     if in_colour and len(names) == 3:
         return {**index, axis: slice(0, 3)}, names, [f"colour ({', '.join(names)})"]
     if channel is None and len(names) > 1:
+        colours = ", rgb: all three as colours" if len(names) == 3 else ""
         raise NucleiError(
-            f"{_describe(stack)}: {len(names)} channels; choose a --channel ({_listed(names)})"
+            f"{_describe(stack)}: {len(names)} channels; choose a --channel "
+            f"({_listed(names)}{colours})"
         )
     number = _find_channel(stack, names, 0 if channel is None else channel)
     if axis:

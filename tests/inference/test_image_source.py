@@ -231,7 +231,7 @@ def test_imagej_hyperstack(tmp_path):
 
 def test_three_channels_are_no_colours_unless_asked(tmp_path):
     path = write_ome(tmp_path / "a.ome.tif", STACK[0, :, 0], "CYX")
-    refuse(path, "3 channels")
+    refuse(path, "rgb: all three as colours")
     assert np.array_equal(read(path, channel="rgb"), STACK[0, :, 0].transpose(1, 2, 0))
     names = {"Channel": {"Name": ["red", "green", "blue"]}}
     refuse(write_ome(tmp_path / "b.ome.tif", STACK[0, :, 0], "CYX", **names), "3 channels")

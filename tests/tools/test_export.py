@@ -51,7 +51,7 @@ def test_a_file_and_a_table_of_its_agreement(tmp_path, run, capsys):
 @pytest.mark.parametrize(
     ("words", "config", "message"),
     [
-        (TINY, "classical.yaml", "only an R-CNN with masks or a UNet can be exported"),
+        (TINY, "classical.yaml", "only an R-CNN or a UNet can be exported"),
         (TINY, "unet.yaml", "MODEL.WEIGHTS is empty"),
         (("--check-image", "nowhere.png", *TINY), "unet.yaml", r"nowhere\.png"),
     ],
