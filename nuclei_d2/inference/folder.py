@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,9 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from nuclei_d2.data.normalization import ContrastRange
+from nuclei_d2.inference.identity import has_changed, identity, is_of
 from nuclei_d2.inference.inputs import image_name, unique_stems
-from nuclei_d2.inference.manifest import file_version, manifest
+from nuclei_d2.inference.manifest import manifest
 from nuclei_d2.inference.nuclei import ImageInfo
 from nuclei_d2.inference.overview import TABLE, write_overview
 from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
@@ -113,13 +113,12 @@ class FolderPrediction:
         changed = []
         for name in sorted(self.work.finished() & set(self.images)):
             path, record = self.images[name], self._read_record(name)
-            if record and not _is_of(record, path):
-                of = record.get("file_path", record["file"])
+            if record and not is_of(record, path):
                 raise NucleiError(
-                    f"{self.work.record_path(name)} is of {of}, not of {path.resolve()}; "
-                    "name another --output"
+                    f"{self.work.record_path(name)} is of {record['file']}, not of "
+                    f"{path.resolve()}; name another --output"
                 )
-            if _has_changed(path, record):
+            if has_changed(record, path):
                 changed.append(name)
         return [self.images[name] for name in changed if self._set_back(name)]
 
@@ -132,10 +131,10 @@ class FolderPrediction:
 
         Only the owner of the image's claim may: results that are being made stay.
         """
-        while _has_changed(self.images[name], self._read_record(name)):
+        while has_changed(self._read_record(name), self.images[name]):
             with self.work.claim(name) as ours:
                 record = self._read_record(name)
-                if ours and _has_changed(self.images[name], record):
+                if ours and has_changed(record, self.images[name]):
                     self._remove(self.work.record_path(name), record)
                     return True
             time.sleep(_PATIENCE)
@@ -240,10 +239,10 @@ class FolderPrediction:
     def _write(self, pipeline: NucleiPipeline, name: str) -> dict[str, Any]:
         """Predict and write one image, whose claim this process holds; returns its record."""
         folder = self.output / "work" / name
-        identity = _identity(self.images[name])  # before it is read: it may change meanwhile
+        source_file = identity(self.images[name])  # before it is read: it may change meanwhile
         with pipeline.open(self.images[name]) as source:
             # Tiles of another file or version lie in another folder, and are never found.
-            digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps(source_file).encode()).hexdigest()
             nuclei, record = pipeline.find(source, folder / digest[:16])
             low, high = (record["contrast"][end] for end in ("low", "high"))
             info = ImageInfo(
@@ -265,7 +264,7 @@ class FolderPrediction:
         thumbnail.replace(self.output / _THUMBNAILS / thumbnail.name)
         return {
             **record,
-            **identity,
+            **source_file,
             "outputs": [path.name for path in written],
             "thumbnail": f"{_THUMBNAILS}/{thumbnail.name}",
         }
@@ -324,41 +323,6 @@ class FolderPrediction:
                     f"{self.output} was begun with {key} = {old.get(key)!r}, now it is "
                     f"{new.get(key)!r}; name another --output, or add --overwrite to do all again"
                 )
-
-
-def _identity(path: Path) -> dict[str, Any]:
-    """What a record keeps of its image file, to know it again however it is named."""
-    return {"file_path": str(path.resolve()), **file_version(path)}
-
-
-def _is_of(record: dict[str, Any], path: Path) -> bool:
-    """Whether a record is of this file, in whatever version, and not of another of its name."""
-    if "file_path" not in record:  # of an earlier version: named from a folder that nobody knows
-        is_alike = Path(record["file"]).parts[-2:] == path.parts[-2:]
-        return is_alike and not _has_changed(path, record)
-    before, now = Path(record["file_path"]), path.resolve()
-    if before == now or _is_same_file(before, now):
-        return True
-    # Moved, or mounted elsewhere: experiments like to have the same last folder, exp1/images.
-    is_alike = before.parts[-3:] == now.parts[-3:] and not _has_changed(now, record)
-    return is_alike and not os.path.exists(before)  # noqa: PTH110 - of others' folders raises
-
-
-def _is_same_file(first: Path, second: Path) -> bool:
-    """Whether two paths lead to one file, as two mounts do."""
-    try:
-        return first.samefile(second)
-    except OSError:  # one is not there, or lies in another user's folder
-        return False
-
-
-def _has_changed(path: Path, record: dict[str, Any]) -> bool:
-    """Whether a file is not in the version of the record; no, where either is unknown."""
-    try:
-        version = file_version(path)
-    except OSError:
-        return False
-    return any(record.get(key, value) != value for key, value in version.items())
 
 
 def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -73,22 +73,6 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def file_version(path: str | os.PathLike) -> dict[str, int]:
-    """What tells an image file from a later one of the same name, without reading it.
-
-    Returns:
-        "file_bytes" and "file_mtime_ns", as docs/prediction.md explains them; of a folder (Zarr)
-        the sum and the latest of all that is in it.
-
-    Raises:
-        OSError: it cannot be looked at.
-    """
-    stats = [part.stat() for part in (Path(path), *Path(path).rglob("*"))]
-    # Network drives lose the last digits: whole microseconds are the same on all machines.
-    modified = max(stat.st_mtime_ns for stat in stats) // 1000 * 1000
-    return {"file_bytes": sum(stat.st_size for stat in stats), "file_mtime_ns": modified}
-
-
 def versions() -> dict[str, str]:
     """Version of nuclei_d2, of Python and, by module, of the distributions that it needs."""
     distributions = metadata.packages_distributions()

@@ -12,7 +12,6 @@ from tiny import CONFIGS, draw_nuclei
 
 from nuclei_d2.config import load_config
 from nuclei_d2.inference import FolderPrediction, NucleiPipeline, PredictionOptions
-from nuclei_d2.inference.manifest import file_version
 from nuclei_d2.inference.work import SharedWork
 from nuclei_d2.inference.writers import FORMATS
 from nuclei_d2.utils.errors import NucleiError
@@ -99,15 +98,6 @@ def test_a_changed_image_is_done_again(images, tmp_path):
     assert prediction(images, tmp_path).prepare() == []
 
 
-def test_a_record_that_does_not_know_the_files_version_is_current(images, tmp_path):
-    run(prediction(images[:1], tmp_path))
-    path = tmp_path / "out" / "records" / "a.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in record.items() if k[:5] != "file_"}))
-    assert prediction(images[:1], tmp_path).prepare() == []
-    assert path.exists()
-
-
 def test_a_changed_image_that_another_process_does_again_is_left_to_it(images, tmp_path):
     run(prediction(images[:1], tmp_path))
     other = SharedWork(tmp_path / "out")
@@ -125,20 +115,6 @@ def test_a_changed_image_that_another_process_does_again_is_left_to_it(images, t
     assert answers == [[]]
     assert other.is_finished("a")
     assert (tmp_path / "out" / "a_labels.tif").exists()
-
-
-def test_the_version_of_a_file_and_of_a_folder(tmp_path):
-    (tmp_path / "a.zarr" / "0").mkdir(parents=True)
-    chunk = tmp_path / "a.zarr" / "0" / "c"
-    chunk.write_bytes(b"abc")
-    os.utime(chunk, ns=(0, 4 * 10**18 + 1_999))  # later than the folders
-    assert file_version(chunk) == {"file_bytes": 3, "file_mtime_ns": 4 * 10**18 + 1_000}
-    before = file_version(tmp_path / "a.zarr")
-    chunk.write_bytes(b"abcd")
-    os.utime(chunk, ns=(0, 4 * 10**18))
-    after = file_version(tmp_path / "a.zarr")
-    assert after["file_bytes"] == before["file_bytes"] + 1
-    assert (before["file_mtime_ns"], after["file_mtime_ns"]) == (4 * 10**18 + 1_000, 4 * 10**18)
 
 
 @pytest.mark.parametrize(("other", "looked_at"), [("", 1), ("version", 2), ("file", 2)])
@@ -342,19 +318,6 @@ def test_a_folder_that_was_moved_is_known_by_its_versions_and_names(images, tmp_
     os.utime(moved, (1, 1))
     with pytest.raises(NucleiError, match="name another --output"):
         prediction([moved], tmp_path).prepare()
-
-
-def test_a_record_without_the_absolute_path_is_current_but_never_replaced(images, tmp_path):
-    run(prediction(images[:1], tmp_path))
-    path = tmp_path / "out" / "records" / "a.json"
-    record = json.loads(path.read_text())
-    del record["file_path"]
-    path.write_text(json.dumps(record))
-    assert run(prediction(images[:1], tmp_path)) == []
-    os.utime(images[0], (1, 1))
-    with pytest.raises(NucleiError, match="name another --output"):
-        prediction(images[:1], tmp_path).prepare()
-    assert json.loads(path.read_text()) == record
 
 
 def test_a_file_is_the_same_behind_another_path(images, tmp_path):
