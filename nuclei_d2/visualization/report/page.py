@@ -16,20 +16,22 @@ from nuclei_d2.evaluation.matching import DETECTION_IOU, IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import ERRORS, HEADLINE, SIZE_NAMES, definition
 from nuclei_d2.evaluation.scores import Path as MetricPath
 from nuclei_d2.visualization.report.charts import Axis, bar_chart, line_chart, marker, style
-from nuclei_d2.visualization.report.findings import (
+from nuclei_d2.visualization.report.curves import (
     FEWEST,
+    by_threshold,
+    precision_recall,
+    reliability,
+    score_edges,
+)
+from nuclei_d2.visualization.report.findings import (
     METRICS,
     QUESTIONS,
     WORDS,
     Statistics,
     answer,
-    by_threshold,
     cost_rows,
     format_value,
     is_better_high,
-    precision_recall,
-    reliability,
-    score_edges,
 )
 from nuclei_d2.visualization.report.overlays import KINDS, draw_overlay, pick_images
 from nuclei_d2.visualization.report.templates import render_template
