@@ -156,7 +156,8 @@ def _add_classical_keys(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSICAL.SIGMA = 1.0  # standard deviation of the Gaussian smoothing
     cfg.MODEL.CLASSICAL.THRESHOLD = "otsu"  # one for the image: "otsu", or "local"
     cfg.MODEL.CLASSICAL.LOCAL_SIZE = 101  # window of the local threshold, odd
-    # No pixel below this grey level (0..255, after normalisation) is nucleus.
+    # No pixel below this grey level (0..255, after normalisation) is nucleus, and Otsu's threshold
+    # finds nothing where the means of its classes differ by less.
     cfg.MODEL.CLASSICAL.MIN_LEVEL = 25.0
     cfg.MODEL.CLASSICAL.DARK_NUCLEI = False  # True: dark nuclei on bright ground
     # Of places deepest inside the foreground that are closer than this, one becomes a nucleus.
@@ -186,7 +187,8 @@ def _add_test_keys(cfg: CfgNode) -> None:
     # Number on DATASETS.VAL that chooses model_best.pth; with several sets "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = "segm/AP"
     # Least score, 0 to 1, of the predictions that the label-based metrics (F1, PQ, AJI ..) count;
-    # where they overlap and nuclei do not, the pixel belongs to the highest score.
+    # where they overlap and nuclei do not, the pixel belongs to the highest score. The tools keep
+    # predictions from it on, unless --confidence-threshold says otherwise.
     cfg.TEST.SCORE_THRESH_LABELS = 0.5
 
 

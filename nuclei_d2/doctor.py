@@ -23,7 +23,8 @@ MODULES = (
 )
 _REMEDY = """\
 What to do: `make install` in the folder of nuclei_d2 installs everything into .venv. In your own
-environment: `pip install -r requirements/runtime.txt`, then for Detectron2 from its source
+environment: `pip install -r requirements/runtime.txt setuptools wheel`, then for Detectron2 from
+its source
 `pip install --no-deps --no-build-isolation 'detectron2 @ git+https://github.com/facebookresearch/detectron2'`"""
 
 

@@ -3,8 +3,8 @@
 
 tools/analyze_dataset.py dsb2018_fluorescence_train --output fragment.yaml
 
-The fragment is a config of its own: put your keys beside it with `_BASE_: fragment.yaml`, or copy
-its keys into yours.
+The fragment is a config that goes over that of a model, as in
+`_BASE_: [configs/cpu/mask_boundary_rcnn.yaml, fragment.yaml]`.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         "--ground-truth",
         metavar="PATH",
         help="draw this label image beside them; or a folder, paired as in "
-        "datasets/prepare_folder.py: a.png, a_masks.png or a_cp_masks.png for a.tif",
+        "datasets/prepare_folder.py: a.png, a_masks.png, a_labels.tif ... for a.tif",
     )
     parser.add_argument(
         "--opts",

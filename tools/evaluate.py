@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--predictions", required=True, nargs="+", metavar="PATH", help="one set or several"
     )
-    parser.add_argument("--names", nargs="+", help="of the prediction sets (default: their paths)")
+    parser.add_argument("--names", nargs="+", help="of the prediction sets (default: their files')")
     parser.add_argument("--output", metavar="JSON", help="write every number here")
     parser.add_argument(
         "--per-image", metavar="CSV", help="write one line per image; of several sets, NAME in "
