@@ -1,5 +1,6 @@
 """Data and configs that several test folders share. Everything is generated; nothing is read."""
 
+import argparse
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,24 @@ TINY_DATA_OPTS = (
     *("DATASETS.VAL", "('tiny_val',)"),
     *("DATASETS.TEST", "('tiny_test',)"),
 )
+
+
+def tiny_args(
+    output: Path,
+    *opts: str,
+    config: str = "mask_boundary_rcnn.yaml",
+    num_gpus: int = 1,
+    eval_only: bool = False,
+) -> argparse.Namespace:
+    """The command line of a run of four steps, as Detectron2 parses it."""
+    schedule = ("SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1", "TEST.EVAL_PERIOD", "2")
+    places = ("SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR", str(output))
+    return argparse.Namespace(
+        config_file=str(CONFIGS / config),
+        eval_only=eval_only,
+        num_gpus=num_gpus,
+        opts=[*TINY_OPTS, *TINY_DATA_OPTS, *schedule, *places, *opts],
+    )
 
 
 def draw_nuclei(rng: np.random.Generator, size: tuple[int, int], count: int):

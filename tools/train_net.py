@@ -12,13 +12,12 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import print_csv_format, verify_results
 from detectron2.utils import comm
 
+from nuclei_d2.engine.setup import checked_config, setup
 from nuclei_d2.engine.trainer import (
     NucleiTrainer,
     build_checkpointer,
     by_task,
-    checked_config,
     evaluate_and_save,
-    setup,
 )
 from nuclei_d2.utils.errors import NucleiError, run_tool
 

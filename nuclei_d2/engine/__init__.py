@@ -1,1 +1,1 @@
-"""Training: the trainer, its hooks and its checkpoints."""
+"""Training: what happens before it, the trainer, its hooks and its checkpoints."""
