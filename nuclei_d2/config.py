@@ -17,6 +17,7 @@ from detectron2.modeling.roi_heads import (
 )
 
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.hardware import usable_gpus
 
 
 def add_nuclei_config(cfg: CfgNode) -> None:
@@ -391,8 +392,8 @@ def check_device(cfg: CfgNode) -> None:
     """
     try:
         device = torch.device(cfg.MODEL.DEVICE)
-        if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
-            if device.index:
+        if device.type == "cuda" and (device.index or 0) < usable_gpus():
+            if device.index is not None:
                 torch.cuda.set_device(device)
             return  # without a tensor on the first GPU, whose context would stay in this process
         torch.zeros(1, device=device)

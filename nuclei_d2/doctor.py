@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nuclei_d2 import __version__
-from nuclei_d2.utils.hardware import bfloat16_support, usable_cores
+from nuclei_d2.utils.hardware import bfloat16_support, usable_cores, usable_gpus
 
 MODULES = (
     "torch torchvision detectron2 numpy scipy cv2 skimage tifffile imagecodecs PIL pycocotools "
@@ -96,14 +96,16 @@ def accelerator_rows() -> Iterator[tuple[str, str]]:
         import torch
     except Exception:  # reported with the versions
         return
-    for index in range(torch.cuda.device_count()):
+    for index in range(usable_gpus()):
         device = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
-        built = (
-            f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU torch"
-        )
-        yield "cuda", f"none ({built}); set MODEL.DEVICE cpu"
+        cuda = f"CUDA {torch.version.cuda}"
+        built = f"torch is built for {cuda}" if torch.version.cuda else "CPU torch"
+        found = f"none ({built})"
+        if torch.cuda.device_count():
+            found = f"the GPU's driver is too old for {cuda}, which torch is built for; update it"
+        yield "cuda", f"{found}; set MODEL.DEVICE cpu"
     if torch.backends.mps.is_available():
         yield "mps", "Apple GPU"
 

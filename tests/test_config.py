@@ -128,11 +128,19 @@ def test_missing_file_is_named():
 
 def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
     chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    check_device(load_config("", ["MODEL.DEVICE", "cuda"]))
-    check_device(load_config("", ["MODEL.DEVICE", "cuda:1"]))
-    assert chosen == [torch.device("cuda:1")]
+    for device in ("cuda", "cuda:1", "cuda:0"):
+        check_device(load_config("", ["MODEL.DEVICE", device]))
+    assert chosen == [torch.device("cuda:1"), torch.device("cuda:0")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that can be used")
+def test_a_gpu_whose_driver_is_too_old_is_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # it is seen, but not available
+    with pytest.raises(NucleiError, match=r"MODEL\.DEVICE is 'cuda'.*add MODEL\.DEVICE cpu"):
+        check_device(load_config("", ["MODEL.DEVICE", "cuda"]))
 
 
 def test_a_device_that_is_not_there_is_one_line():

@@ -73,3 +73,13 @@ def test_operators_that_fail_or_lie(monkeypatch):
 
     monkeypatch.setattr(layers, "batched_nms", missing)
     assert "operator torchvision::nms does not exist" in doctor.check_operators()[0]
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    (row,) = [text for name, text in doctor.accelerator_rows() if name == "cuda"]
+    assert "driver is too old for CUDA" in row
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    (row,) = [text for name, text in doctor.accelerator_rows() if name == "cuda"]
+    assert row.startswith("none (")

@@ -15,7 +15,6 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from nuclei_d2.inference.pipeline import PredictionOptions
 from nuclei_d2.inference.work import worker_place
 from nuclei_d2.inference.writers import FORMATS
 from nuclei_d2.utils.errors import NucleiError, run_tool
+from nuclei_d2.utils.hardware import usable_gpus
 
 COUNT_EVERY = 5.0  # seconds
 
@@ -148,8 +148,8 @@ def build_config(args: argparse.Namespace, local_rank: int) -> CfgNode:
     opts = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     opts += ["MODEL.DEVICE", args.device] if args.device else []
     cfg = load_config(args.config_file, [*opts, *args.opts])
-    if cfg.MODEL.DEVICE == "cuda" and torch.cuda.device_count() > 1:
-        cfg.MODEL.DEVICE = f"cuda:{local_rank % torch.cuda.device_count()}"
+    if cfg.MODEL.DEVICE == "cuda" and usable_gpus() > 1:
+        cfg.MODEL.DEVICE = f"cuda:{local_rank % usable_gpus()}"
     return cfg
 
 

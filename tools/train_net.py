@@ -7,7 +7,6 @@ tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_fina
 An evaluation in the folder of a training writes into OUTPUT_DIR/evaluation.
 """
 
-import torch
 from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import print_csv_format, verify_results
 from detectron2.utils import comm
@@ -20,6 +19,7 @@ from nuclei_d2.engine.trainer import (
     evaluate_and_save,
 )
 from nuclei_d2.utils.errors import NucleiError, run_tool
+from nuclei_d2.utils.hardware import usable_gpus
 
 
 def main(args):
@@ -42,9 +42,9 @@ def main(args):
 
 def cli():
     args = default_argument_parser(__doc__).parse_args()
-    if args.num_gpus > max(torch.cuda.device_count(), 1):
+    if args.num_gpus > max(usable_gpus(), 1):
         raise NucleiError(
-            f"--num-gpus is {args.num_gpus} but {torch.cuda.device_count()} are here; "
+            f"--num-gpus is {args.num_gpus} but {usable_gpus()} are here; "
             "leave it out to train on one GPU or on the CPU"
         )
     checked_config(args)  # here, before there are many processes to complain

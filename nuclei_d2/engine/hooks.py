@@ -135,8 +135,10 @@ class ValidationLoss(HookBase):
         """Mean of each loss over the batches of all processes, and their ``total_loss``."""
         share_buffers(self._model)
         sums, count = defaultdict(float), 0
+        device = next(self._model.parameters()).device
         with (
-            torch.random.fork_rng(),
+            # Without a list it is the generators of all GPUs, other processes' ones, too.
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.no_grad(),
             _frozen_norms(self._model),
             EventStorage(),  # what the model logs on the way is not training

@@ -85,7 +85,7 @@ def checked_config(args) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg)
     register_from_config(cfg)
-    if args.num_gpus > 1 and not cfg.MODEL.DEVICE.startswith("cuda"):
+    if args.num_gpus > 1 and cfg.MODEL.DEVICE != "cuda":  # each process has a number of its own
         raise NucleiError(
             f"--num-gpus is {args.num_gpus} but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; "
             "leave the option out, or add MODEL.DEVICE cuda"

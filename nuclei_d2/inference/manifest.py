@@ -14,7 +14,7 @@ import torch
 from nuclei_d2 import __version__
 from nuclei_d2.doctor import MODULES
 from nuclei_d2.utils.errors import NucleiError
-from nuclei_d2.utils.hardware import cpu_name, usable_cores
+from nuclei_d2.utils.hardware import cpu_name, usable_cores, usable_gpus
 
 
 def manifest(
@@ -90,5 +90,5 @@ def host() -> dict[str, Any]:
         "system": platform.platform(),
         "processor": cpu_name(),
         "cores": usable_cores(),
-        "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(k) for k in range(usable_gpus())],
     }

@@ -1,4 +1,4 @@
-"""What the computer has, by the standard library alone: the doctor has to run anywhere."""
+"""What the computer has. Importing this needs nothing: the doctor has to run anywhere."""
 
 import os
 import platform
@@ -20,6 +20,15 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_gpus() -> int:
+    """CUDA devices that PyTorch can use; ``torch.cuda.device_count`` counts those as well whose
+    driver is too old for its CUDA.
+    """
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def bfloat16_support(cpuinfo: str | os.PathLike = "/proc/cpuinfo") -> str:

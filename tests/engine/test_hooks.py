@@ -49,6 +49,11 @@ def test_measuring_leaves_no_trace_in_training():
     assert model.weight.grad is None
 
 
+def test_measuring_on_the_cpu_leaves_gpus_alone(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # too old, or of other processes
+    ValidationLoss(1, Model().train(), [torch.full((2, 1), 3.0)]).measure()
+
+
 def test_a_failed_measurement_leaves_the_norms_in_training():
     model = Model().train()
     with pytest.raises(AttributeError):

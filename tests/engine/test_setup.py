@@ -58,9 +58,11 @@ def test_validation_data_are_needed_only_where_they_are_used(tiny_data, tmp_path
     tiny_setup(tmp_path, "TEST.EVAL_PERIOD", "0", "DATASETS.VAL", "('dsb2018_val',)")
 
 
-def test_several_gpus_need_a_gpu_model(tiny_data, tmp_path):
-    with pytest.raises(NucleiError, match=r"--num-gpus is 2 but MODEL\.DEVICE is 'cpu'"):
-        tiny_setup(tmp_path, num_gpus=2)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0", "cuda:1"])
+def test_several_gpus_need_a_device_without_a_number(tiny_data, tmp_path, device, monkeypatch):
+    monkeypatch.setattr("nuclei_d2.engine.setup.check_device", lambda _: None)
+    with pytest.raises(NucleiError, match=rf"--num-gpus is 2 but MODEL\.DEVICE is '{device}'"):
+        tiny_setup(tmp_path, "MODEL.DEVICE", device, num_gpus=2)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_no_model(tmp_path):
 
 
 def test_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: f"GPU {k}")
     assert host()["gpus"] == ["GPU 0"]

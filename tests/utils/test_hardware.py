@@ -1,6 +1,6 @@
 import pytest
 
-from nuclei_d2.utils.hardware import bfloat16_support, cpu_name
+from nuclei_d2.utils.hardware import bfloat16_support, cpu_name, usable_gpus
 
 
 def test_the_cpu_is_named(tmp_path):
@@ -21,3 +21,10 @@ def test_bfloat16_by_the_cpu_flags(tmp_path, flags, answer):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
     assert bfloat16_support(tmp_path / "cpuinfo") == answer
     assert bfloat16_support(tmp_path / "nowhere") == "unknown"
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_a_gpu_that_is_there_may_be_of_no_use(monkeypatch, available):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # by its driver, however old
+    assert usable_gpus() == 2 * available
