@@ -106,7 +106,7 @@ def build_target(cfg: CfgNode) -> Callable[[np.ndarray], dict[str, torch.Tensor]
 
     Returns:
         Function of labels, (H, W) or (H, W, L) with overlapping nuclei in other layers, ->
-        ``sem_seg``, int64 (H, W), the classes of MODEL.UNET.TARGET, and with "distance" also
+        ``sem_seg``, uint8 (H, W), the classes of MODEL.UNET.TARGET, and with "distance" also
         ``distance``, float32 (H, W).
     """
     if cfg.MODEL.META_ARCHITECTURE != "UNet":
@@ -116,7 +116,7 @@ def build_target(cfg: CfgNode) -> Callable[[np.ndarray], dict[str, torch.Tensor]
 
     def target(labels: np.ndarray) -> dict[str, torch.Tensor]:
         labels = flatten_labels(labels)
-        maps = {"sem_seg": torch.from_numpy(class_target(labels).astype(np.int64))}
+        maps = {"sem_seg": torch.from_numpy(class_target(labels))}
         if with_distance:
             maps["distance"] = torch.from_numpy(distance_target(labels))
         return maps

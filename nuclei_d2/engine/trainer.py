@@ -1,6 +1,7 @@
 """Training and evaluation on Detectron2's DefaultTrainer."""
 
 import logging
+import math
 import time
 import weakref
 from collections import OrderedDict
@@ -63,6 +64,7 @@ class NucleiTrainer(DefaultTrainer):
         plain = cfg.clone()
         plain.defrost()
         plain.SOLVER.AMP.ENABLED = False
+        plain.SOLVER.BASE_LR = _rate_before_scaling(cfg, comm.get_world_size())
         super().__init__(plain)
         self._device = torch.device(cfg.MODEL.DEVICE)
         self._amp = cfg.SOLVER.AMP.ENABLED and has_bfloat16(self._device, "SOLVER.AMP.ENABLED")
@@ -199,10 +201,10 @@ class NucleiTrainer(DefaultTrainer):
         total = sum(losses.values())
         self.optimizer.zero_grad()
         total.backward()
-        self.clock.switch("logging")
-        SimpleTrainer.write_metrics(losses, data_time, self.iter)
         self.clock.switch("step")
         self.optimizer.step()
+        self.clock.switch("logging")  # waits for the GPU, which by now has all of the step to do
+        SimpleTrainer.write_metrics(losses, data_time, self.iter)
         self.clock.switch(None)
 
     def after_step(self) -> None:
@@ -222,6 +224,18 @@ class NucleiTrainer(DefaultTrainer):
                 "lower SOLVER.BASE_LR, or look at these images"
             ) from error
         return losses
+
+
+def _rate_before_scaling(cfg: CfgNode, world_size: int) -> float:
+    """The rate that Detectron2 multiplies by the number of GPUs, a rule for SGD.
+
+    AdamW's rate is to grow with the square root of the batch (Malladi et al., On the SDEs and
+    scaling rules for adaptive gradient algorithms, NeurIPS 2022, section 5).
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if cfg.SOLVER.OPTIMIZER != "AdamW" or not reference:
+        return cfg.SOLVER.BASE_LR
+    return cfg.SOLVER.BASE_LR / math.sqrt(world_size / reference)
 
 
 def _set_earlier_run_aside(folder: Path) -> None:

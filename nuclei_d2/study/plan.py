@@ -179,9 +179,11 @@ def load_run_config(run: Run, schedule: tuple[str, ...]) -> CfgNode:
 
 
 def settings(cfg: CfgNode) -> dict[str, Any]:
-    """Every key of a config, as in ``SOLVER.BASE_LR``, with its value; but for OUTPUT_DIR."""
+    """Every key of a config, as in ``SOLVER.BASE_LR``, with its value; but for OUTPUT_DIR and
+    MODEL.DEVICE: what was done on one computer is done on all.
+    """
     flat = dict(_flatten(cfg))
-    del flat["OUTPUT_DIR"]
+    del flat["OUTPUT_DIR"], flat["MODEL.DEVICE"]
     return jsonable(flat)
 
 

@@ -6,6 +6,7 @@ and training with its last checkpoint.
 """
 
 import fcntl
+import itertools
 import os
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from nuclei_d2.study.collect import calibration_file, collect_run, read_calibration, read_json
@@ -32,7 +35,7 @@ from nuclei_d2.study.schedule import (
 )
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
-from nuclei_d2.utils.hardware import usable_cores
+from nuclei_d2.utils.hardware import usable_cores, usable_gpus
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ class Runner:
             study: its ``output_dir`` takes checkpoints and logs, its ``results_dir`` what is
                 reported.
             commands: what the stages call.
-            jobs: runs at a time; each gets its share of the cores.
+            jobs: runs at a time; each gets its share of the cores, and one of the GPUs in turn.
         """
         self.study = study
         self._commands = commands
         self._jobs = jobs
         threads = str(max(1, usable_cores() // jobs))
         self._environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        self._gpus = _gpu_numbers() if jobs > 1 else []
+        self._thread = threading.local()  # of the pool; ``number`` from 0
         self._calibrating = defaultdict(threading.Lock)
         self._processes: set[subprocess.Popen] = set()
         self._stopped = False
@@ -113,7 +118,9 @@ class Runner:
         failed = []
         self._stopped = False
         futures: dict[Future, Run] = {}
-        with ThreadPoolExecutor(self._jobs) as pool:
+        numbers = itertools.count()
+        number_thread = lambda: setattr(self._thread, "number", next(numbers))  # noqa: E731
+        with ThreadPoolExecutor(self._jobs, initializer=number_thread) as pool:
             try:
                 futures |= {pool.submit(self._execute, run): run for run in todo}
                 with tqdm(total=len(runs), initial=done, desc=self.study.name, unit="run") as bar:
@@ -234,7 +241,7 @@ class Runner:
                 [str(word) for word in words],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
+                env=self._environment | self._gpu(),
                 pass_fds=(lock,),
             )
             self._processes.add(process)
@@ -247,6 +254,12 @@ class Runner:
         if code:
             lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
             raise NucleiError(f"{stage} failed ({lines[-1].strip()[:300]}); see {log}")
+
+    def _gpu(self) -> dict[str, str]:
+        """Environment that gives this thread's process one of several GPUs."""
+        if len(self._gpus) < 2:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": self._gpus[self._thread.number % len(self._gpus)]}
 
     # ---------------------------------------------------------------------------- schedule
 
@@ -275,15 +288,26 @@ class Runner:
                 self._calibrate(run, path, folder, lock)
                 schedule = self._known_schedule(run)
         if path.is_file():
-            self._check_threads(path)
+            self._check_hardware(path, run)
         return schedule
 
-    def _check_threads(self, path: Path) -> None:
-        then, now = read_json(path)["threads"], int(self._environment["OMP_NUM_THREADS"])
-        if then != now:
+    def _hardware(self, run: Run) -> dict[str, Any]:
+        """What the time of a step depends on, as far as this program knows."""
+        threads = int(self._environment["OMP_NUM_THREADS"])
+        return {"threads": threads, "device": torch.device(run.cfg.MODEL.DEVICE).type}
+
+    def _check_hardware(self, path: Path, run: Run) -> None:
+        then, now = read_json(path), self._hardware(run)
+        if now["threads"] != then["threads"]:
             raise NucleiError(
-                f"{path}: measured with {then} threads a run, now there are {now}; call with as "
-                "many --jobs and cores as then, or use other --output and --results"
+                f"{path}: measured with {then['threads']} threads a run, now there are "
+                f"{now['threads']}; call with as many --jobs and cores as then, or use other "
+                "--output and --results"
+            )
+        if now["device"] != then["device"]:
+            raise NucleiError(
+                f"{path}: measured on {then['device']}, now MODEL.DEVICE is {now['device']}; go on "
+                "there, or use other --output and --results"
             )
 
     def _calibrate(self, run: Run, path: Path, folder: Path, lock: int) -> None:
@@ -297,11 +321,17 @@ class Runner:
             "seconds_per_iteration": seconds_per_iteration(read_metrics(folder / "metrics.json")),
             "iterations": CALIBRATION_ITERATIONS,
             "jobs": self._jobs,
-            "threads": int(self._environment["OMP_NUM_THREADS"]),
+            **self._hardware(run),
         }
         for checkpoint in folder.glob("*.pth"):
             checkpoint.unlink()
         write_json(path, content)
+
+
+def _gpu_numbers() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    numbers = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return (numbers if any(numbers) else [str(k) for k in range(usable_gpus())])[: usable_gpus()]
 
 
 def _report(run: Run, future: Future, say: Callable[[str], None]) -> bool:

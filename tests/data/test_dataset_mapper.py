@@ -294,7 +294,7 @@ def test_semantic_targets_are_those_of_the_augmented_labels(dataset_dict):
     for _ in range(3):
         output = NucleiDatasetMapper(cfg, True)(dataset_dict)
         labels = output["instances"].gt_masks.labels[0].numpy()
-        assert output["sem_seg"].dtype == torch.int64
+        assert output["sem_seg"].dtype == torch.uint8
         assert output["sem_seg"].shape == output["image"].shape[1:]
         assert (output["sem_seg"].numpy() == (labels > 0)).all()
         assert (output["distance"].numpy() == distance_target(labels)).all()

@@ -3,13 +3,16 @@ import json
 
 import pytest
 import torch
+from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import inference_on_dataset
 from tiny import in_two_processes, tiny_args
 
+from nuclei_d2.config import load_config
 from nuclei_d2.engine.checks import best_metrics
 from nuclei_d2.engine.setup import setup
 from nuclei_d2.engine.trainer import (
     NucleiTrainer,
+    _rate_before_scaling,
     build_checkpointer,
     evaluate,
     evaluate_and_save,
@@ -291,3 +294,14 @@ def test_the_classical_baseline_is_evaluated_without_weights(tiny_data, tmp_path
     scores = evaluate_and_save(cfg, model)["tiny_test"]
     assert scores["segm"]["AP50"] > 20
     assert scores["sem_seg"]["Dice-foreground"] > 90
+
+
+@pytest.mark.parametrize(("optimizer", "factor"), [("SGD", 4), ("AdamW", 2)])
+def test_the_rate_grows_with_the_gpus(optimizer, factor):
+    cfg = load_config(opts=["SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", "0.001"])
+    given = cfg.clone()
+    given.SOLVER.BASE_LR = _rate_before_scaling(cfg, 4)
+    scaled = DefaultTrainer.auto_scale_workers(given, 4)
+    assert pytest.approx(0.001 * factor) == scaled.SOLVER.BASE_LR
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0  # leaves the config as it is
+    assert _rate_before_scaling(cfg, 4) == 0.001

@@ -158,21 +158,12 @@ def test_what_pads_a_smaller_image_is_in_no_loss():
     with torch.no_grad():
         losses, maps = model(batch), model.predict_maps(batch)
     probs = torch.cat([m[:2].flatten(1) for m in maps], dim=1)
-    classes = torch.cat([x["sem_seg"].flatten() for x in batch])
+    classes = torch.cat([x["sem_seg"].flatten() for x in batch]).long()
     expected = -probs.gather(0, classes[None]).log().mean()
     assert losses["loss_ce"].item() == pytest.approx(expected.item(), rel=1e-5)
     overlap, total = probs[1, classes == 1].sum(), probs[1].sum() + classes.sum()
     expected = 1 - (2 * overlap + 1) / (total + 1)
     assert losses["loss_dice"].item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("channels", [1, 2, 4])
-def test_any_number_of_channels(channels):
-    mean = str([100.0] * channels)
-    model = build("MODEL.PIXEL_MEAN", mean, "MODEL.PIXEL_STD", mean).eval()
-    with torch.no_grad():
-        output = model([{"image": torch.rand(channels, 17, 9) * 255}])[0]
-    assert output["sem_seg"].shape == (3, 17, 9)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 32), (3, 100)])
@@ -215,7 +206,7 @@ def test_a_thousand_nuclei_the_cap_and_the_order():
         y, x = 5 * (k // 32), 5 * (k % 32)
         labels[y : y + 4, x : x + 4] = k + 1
     model = build_model(cfg).eval()
-    model.head = Fixed(build_target(cfg)(labels)["sem_seg"])
+    model.head = Fixed(build_target(cfg)(labels)["sem_seg"].long())
     model.head.logits[:, :, :80] *= 0.2  # the upper half is less sure
     inputs = [{"image": torch.zeros(3, 160, 160), "height": 320, "width": 320}]
     with torch.no_grad():

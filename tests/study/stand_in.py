@@ -55,9 +55,10 @@ def main():
         stage = "evaluate" if "--eval-only" in words else stage
         folder = Path(words[words.index("--output") + 1]).parent if stage == "tune" else None
         folder = folder or Path(options["OUTPUT_DIR"])
+    gpus = [f"gpu{value}" for key, value in os.environ.items() if key == "CUDA_VISIBLE_DEVICES"]
     with open(os.environ["CALLS"], "a") as file:
         file.write(
-            " ".join([stage, folder.as_posix(), *["resumed"] * ("--resume" in words)]) + "\n"
+            " ".join([stage, folder.as_posix(), *["resumed"] * ("--resume" in words), *gpus]) + "\n"
         )
     if is_told("FAIL", [stage, *words]):
         sys.exit("error: told to fail")

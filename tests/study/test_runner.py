@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 
 import pytest
 from tiny import CONFIGS
@@ -126,16 +128,21 @@ def test_models_of_one_network_get_the_same_number_of_steps(make_runner, calls):
     assert {read(runner.results_folder(run) / "run.json")["iterations"] for run in runs} == {600}
 
 
-def test_a_calibration_holds_for_its_number_of_threads(make_runner):
+def test_a_calibration_holds_for_its_threads_and_device(make_runner):
     runner = make_runner(budget=5)
     run = runner.study.runs()[1]
     assert runner.run_all([run]) == []
     (path,) = runner.study.results_dir.glob("a/unet/calibration.json")
-    path.write_text(json.dumps({**read(path), "threads": 7}))
     (runner.results_folder(run) / "run.json").unlink()
-    said = []
-    assert runner.run_all([run], said.append) == [run]
-    assert "measured with 7 threads" in said[0]
+    measured = read(path)
+    for key, value, words in (
+        ("threads", 7, "measured with 7 threads"),
+        ("device", "cuda", "measured on cuda, now MODEL.DEVICE is cpu"),
+    ):
+        path.write_text(json.dumps({**measured, key: value}))
+        said = []
+        assert runner.run_all([run], said.append) == [run]
+        assert words in said[0]
 
 
 def test_several_at_a_time_share_the_cores(make_runner, calls):
@@ -143,6 +150,27 @@ def test_several_at_a_time_share_the_cores(make_runner, calls):
     assert runner.run_all(runner.study.runs()) == []
     assert sum("calibration" in line for line in calls()) == 2
     assert runner._environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+@pytest.mark.parametrize(("jobs", "used"), [(1, {"3,5"}), (2, {"3", "5"})])
+def test_several_at_a_time_share_the_gpus(make_runner, calls, monkeypatch, jobs, used):
+    monkeypatch.setattr("nuclei_d2.study.runner.usable_gpus", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    runner = make_runner(jobs=jobs)
+    assert runner.run_all(runner.study.runs()) == []
+    gpus = defaultdict(set)
+    for line in calls():
+        run, gpu = re.search(r"(a/\w+/seed\d).* gpu(\S+)", line).groups()
+        gpus[run].add(gpu)
+    assert all(len(numbers) == 1 for numbers in gpus.values())
+    assert set().union(*gpus.values()) == used
+
+
+def test_what_was_done_on_a_gpu_is_done_on_a_computer_without_one(make_runner):
+    runs = make_runner(options={"MODEL.DEVICE": "cpu"})
+    assert runs.run_all(runs.study.runs()) == []
+    elsewhere = make_runner(options={"MODEL.DEVICE": "cuda"})
+    assert {elsewhere.state(run) for run in elsewhere.study.runs()} == {"done"}
 
 
 def test_a_run_that_another_process_does_is_left_alone(make_runner):

@@ -135,7 +135,7 @@ class UNet(nn.Module):
             return self.inference(batched_inputs)
         outputs = self._predict(batched_inputs)
         logits, size = outputs[:, : self.num_classes], outputs.shape[-2:]
-        classes = self._stack([x["sem_seg"] for x in batched_inputs], size, IGNORE)
+        classes = self._stack([x["sem_seg"] for x in batched_inputs], size, IGNORE).long()
         losses = {
             "loss_ce": class_loss(logits, classes, self.class_weights, IGNORE),
             "loss_dice": dice_loss(logits, classes, IGNORE),
