@@ -40,12 +40,12 @@ def build(*opts):
     return build_model(config(*opts))
 
 
-def two_squares(height=40, width=52, channels=3):
+def two_squares(height=40, width=52):
     """Two touching squares, brighter than the ground."""
     labels = np.zeros((height, width), np.int32)
     labels[6:26, 5:20], labels[6:26, 20:37] = 1, 2
     image = torch.from_numpy(np.where(labels > 0, 200.0, 20.0)).float()
-    return image.expand(channels, -1, -1).clone(), labels
+    return image.expand(3, -1, -1).clone(), labels
 
 
 def training_input(cfg, image, labels):
