@@ -12,7 +12,7 @@ from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
 from nuclei_d2.study.statistics import METRICS, difference
 from nuclei_d2.study.tables import markdown, number, seed_range, with_interval
-from nuclei_d2.study.words import answer, change_line, cost_sentence, listed, verdict
+from nuclei_d2.study.words import answer, change_line, cost_sentence, listed, recipe, verdict
 
 # Metrics told after the answer.
 _FOLLOWING = ("boundary_ap", "accuracy", "ap", "merges", "splits")
@@ -247,17 +247,9 @@ def _elsewhere_row(findings: Findings, task: Task, test: str, model: str) -> lis
 
 def _models(findings: Findings) -> str:
     study = findings.study
-    lines = [
-        f"- {model.title or name}: `{model.config}`{_options(model.options)}"
-        for name, model in study.models.items()
-    ]
+    lines = [f"- {model.title or name}: {recipe(model)}" for name, model in study.models.items()]
     lines += [f"- {o.title or o.name}: predictions of that program" for o in study.others.values()]
     return "\n".join(lines)
-
-
-def _options(options: dict) -> str:
-    words = [f"`{key} {value}`" for key, value in options.items()]
-    return f" with {listed(words)}" if words else ""
 
 
 def _training(findings: Findings) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from nuclei_d2.study.findings import Findings
-from nuclei_d2.study.plan import Comparison
+from nuclei_d2.study.plan import Comparison, Model
 from nuclei_d2.study.statistics import METRICS, Estimate, Metric
 from nuclei_d2.study.tables import number, seed_range, with_interval
 
@@ -133,6 +133,12 @@ def cost_sentence(findings: Findings, comparison: Comparison) -> str:
         return ""
     title, other = map(findings.study.model_title, (comparison.first, comparison.second))
     return f"{title} takes {listed(ratios)} of {other}."
+
+
+def recipe(model: Model) -> str:
+    """A model's config and options, in Markdown."""
+    options = listed([f"`{key} {value}`" for key, value in model.options.items()])
+    return f"`{model.config}`" + (f" with {options}" if options else "")
 
 
 def listed(words: list[str]) -> str:

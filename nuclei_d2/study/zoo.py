@@ -7,7 +7,7 @@ from nuclei_d2.study.findings import Findings
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
 from nuclei_d2.study.tables import markdown, number
-from nuclei_d2.study.words import listed, short_answer
+from nuclei_d2.study.words import listed, recipe, short_answer
 from nuclei_d2.utils.errors import NucleiError
 
 _ZOO_HEAD = """# Model zoo
@@ -67,7 +67,7 @@ def _zoo_row(findings: Findings, task: Task, model: str) -> list[str]:
     aps = [findings.estimate(task, test, model, key).value for key in keys]
     measured = findings.measured(task, test, model).values()
     boxes = [m.coco["bbox"]["AP"] for m in measured if m.coco]
-    config = f"`{study.models[model].config}`" if model in study.models else ""
+    config = recipe(study.models[model]) if model in study.models else ""
     memory = [
         findings.cost(task, model, "evaluation", test, f"peak_{kind}_memory_mb")
         for kind in ("device", "host")
@@ -138,10 +138,10 @@ def _readme_row(findings: Findings, task: Task, model: str) -> list[str]:
     *aps, first, second, errors = (
         findings.estimate(task, task.test[0], model, key).value for key in keys
     )
-    config = findings.study.models[model].config if model in findings.study.models else ""
-    title = findings.study.model_title(model)
+    study = findings.study
+    title = study.model_title(model)
     return [
-        f"{title} (`{config}`)" if config else title,
+        f"{title} ({recipe(study.models[model])})" if model in study.models else title,
         number(findings.training_minutes(task, model)),
         *(number(ap) for ap in aps),
         f"{number(first, 3)}, {number(second, 3)}",
