@@ -174,8 +174,8 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"  # of each parameter, as Detectron2 does
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 5.0
     cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0
-    # Batch, rate and schedule in a config are meant for one GPU. With N, Detectron2 multiplies the
-    # batch by N and divides the schedule by it; the rate grows by N, AdamW's by its square root.
+    # Batch, rate and schedule in a config are meant for one GPU. With N, the batch is
+    # multiplied by N, the schedule divided by it; the rate is multiplied by N, AdamW's by root N.
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 1
 
 

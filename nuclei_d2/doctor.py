@@ -23,8 +23,7 @@ MODULES = (
 )
 _REMEDY = """\
 What to do: `make install` in the folder of nuclei_d2 installs everything into .venv. In your own
-environment: `pip install -r requirements/runtime.txt setuptools wheel`, then for Detectron2 from
-its source
+environment: `pip install -r requirements/runtime.txt setuptools wheel`, then
 `pip install --no-deps --no-build-isolation 'detectron2 @ git+https://github.com/facebookresearch/detectron2'`"""
 
 
@@ -100,14 +99,21 @@ def accelerator_rows() -> Iterator[tuple[str, str]]:
         device = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
-        cuda = f"CUDA {torch.version.cuda}"
-        built = f"torch is built for {cuda}" if torch.version.cuda else "CPU torch"
-        found = f"none ({built})"
-        if torch.cuda.device_count():
-            found = f"the GPU's driver is too old for {cuda}, which torch is built for; update it"
-        yield "cuda", f"{found}; set MODEL.DEVICE cpu"
+        found = "a GPU is there, but cannot be used" if torch.cuda.device_count() else "none"
+        yield "cuda", f"{found} ({_why_no_cuda(torch)}); set MODEL.DEVICE cpu"
     if torch.backends.mps.is_available():
         yield "mps", "Apple GPU"
+
+
+def _why_no_cuda(torch) -> str:
+    if not torch.version.cuda:
+        return "CPU torch"
+    built = f"torch is built for CUDA {torch.version.cuda}"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # the driver is missing, too old, not initialised ..
+        return f"{built}: {str(error).splitlines()[0]}"
+    return built
 
 
 def dataset_rows() -> list[tuple[str, str]]:

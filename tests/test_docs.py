@@ -13,7 +13,8 @@ DOCUMENTS = [
 ]
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 KEY = re.compile(r"\b(?:DATALOADER|DATASETS|INPUT|MODEL|SOLVER|TEST)(?:\.[A-Z0-9_]+)+\b")
-FILE = re.compile(r"(?<![\w/])(?:nuclei_d2|tools|configs|tests|docs)/[\w./-]+\.(?:py|yaml|md)\b")
+FOLDERS = "configs|datasets|docs|nuclei_d2|tests|tools"
+FILE = re.compile(rf"(?<![\w/])(?:{FOLDERS})/[\w./-]+\.(?:py|yaml|md)\b")
 TEXT = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
 
 

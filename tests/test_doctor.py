@@ -75,11 +75,17 @@ def test_operators_that_fail_or_lie(monkeypatch):
     assert "operator torchvision::nms does not exist" in doctor.check_operators()[0]
 
 
-def test_a_driver_that_is_too_old_is_named(monkeypatch):
+def test_a_gpu_that_cannot_be_used_is_told_with_torchs_reason(monkeypatch):
+    def fail():
+        raise RuntimeError("The NVIDIA driver on your system is too old.\nUpdate it.")
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    (row,) = [text for name, text in doctor.accelerator_rows() if name == "cuda"]
-    assert "driver is too old for CUDA" in row
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    (row,) = [text for name, text in doctor.accelerator_rows() if name == "cuda"]
-    assert row.startswith("none (")
+    monkeypatch.setattr("torch.cuda.init", fail)
+    for count, words in ((1, "a GPU is there, but cannot be used ("), (0, "none (")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        monkeypatch.setattr("torch.version.cuda", "13.0")
+        (row,) = [text for name, text in doctor.accelerator_rows() if name == "cuda"]
+        assert row.startswith(words)
+        assert "CUDA 13.0: The NVIDIA driver on your system is too old.); set" in row
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert next(doctor.accelerator_rows()) == ("cuda", "none (CPU torch); set MODEL.DEVICE cpu")

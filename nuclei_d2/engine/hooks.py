@@ -28,7 +28,7 @@ class TrainingSpeed(HookBase):
     """Time of every stage of an iteration, images per second and peak memory.
 
     The trainer switches its ``clock`` (a ``StageClock``) between "data", "forward", "backward",
-    "logging" and "step", and counts in ``images_seen``. Every ``period`` iterations their means
+    "step" and "logging", and counts in ``images_seen``. Every ``period`` iterations their means
     become the scalars forward_time, backward_time, step_time (seconds; Detectron2 adds data_time
     and time), images_per_second, max_memory_mb (CUDA only) and host_memory_mb; :meth:`summary`
     covers the whole run. The first iterations, other hooks and evaluations are not measured. Put

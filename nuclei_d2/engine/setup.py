@@ -30,6 +30,9 @@ def setup(args) -> CfgNode:
         large the nuclei are that the model learns from, and what the images are like, as
         prediction needs to know. ``--eval-only`` in the folder of a training has ``evaluation``
         in that folder for its ``OUTPUT_DIR``: the training's files stay as they are.
+
+    Raises:
+        NucleiError: see :func:`checked_config`.
     """
     cfg = checked_config(args)
     training_dir = Path(cfg.OUTPUT_DIR)

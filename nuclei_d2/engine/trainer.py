@@ -203,7 +203,7 @@ class NucleiTrainer(DefaultTrainer):
         total.backward()
         self.clock.switch("step")
         self.optimizer.step()
-        self.clock.switch("logging")  # waits for the GPU, which by now has all of the step to do
+        self.clock.switch("logging")  # waits for the GPU: last, when the whole step is queued
         SimpleTrainer.write_metrics(losses, data_time, self.iter)
         self.clock.switch(None)
 

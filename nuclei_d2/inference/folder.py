@@ -115,7 +115,7 @@ class FolderPrediction:
             path, record = self.images[name], self._read_record(name)
             if record and not is_of(record, path):
                 raise NucleiError(
-                    f"{self.work.record_path(name)} is of {record['file']}, not of "
+                    f"{self.work.record_path(name)} is of {record['file_path']}, not of "
                     f"{path.resolve()}; name another --output"
                 )
             if has_changed(record, path):

@@ -39,8 +39,6 @@ def is_of(record: dict[str, Any], path: str | os.PathLike) -> bool:
     Args:
         record: has what :func:`identity` returned.
     """
-    if "file_path" not in record:  # of an early version of this package
-        return False
     before, now = Path(record["file_path"]), Path(path).resolve()
     if before == now or _is_same_file(before, now):
         return True

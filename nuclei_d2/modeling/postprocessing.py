@@ -1,4 +1,4 @@
-"""From probability maps to a label image. By NumPy, OpenCV and scikit-image.
+"""From probability maps to a label image.
 
 A decoder takes the maps of one image, float32 (C, H, W) in 0..1, and returns a label image, int32
 (H, W): 0 = background, nuclei 1..N without gaps, none empty. The work is done in the boxes of

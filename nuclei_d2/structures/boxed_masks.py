@@ -171,6 +171,7 @@ def paste_masks(
     windows = _windows(boxes, image_size)
     size = windows[:, 2:] - windows[:, :2]
     # Windows are sampled in frames of 2^(k/2) pixels a side: few shapes, little padding.
+    # In float32, since Apple's GPUs have no float64.
     exponents = (size.clamp(min=1).float().log2() * 2).ceil().long()
     frames, frame = exponents.unique(dim=0, return_inverse=True)
     order = frame.argsort(stable=True)

@@ -278,12 +278,13 @@ def _training(findings: Findings) -> str:
 
 
 def _calibrations(findings: Findings) -> str:
-    """How many steps of each model were measured: it decides how long the training takes."""
+    """How many steps of each model were measured, in words."""
+    study, task = findings.study, findings.main
     titles: dict[int, list[str]] = {}
-    for name, model in findings.study.models.items():
-        measured = read_calibration(findings.study, findings.main.name, name)
-        if measured and not model.steps_of:
-            titles.setdefault(measured["iterations"], []).append(findings.study.model_title(name))
+    for name in findings.models(task):
+        measured = read_calibration(study, task.name, name)
+        if measured and name in study.models and not study.models[name].steps_of:
+            titles.setdefault(measured["iterations"], []).append(study.model_title(name))
     if not titles:
         return "steps"
     usual = max(titles, key=lambda steps: len(titles[steps]))

@@ -179,11 +179,9 @@ def load_run_config(run: Run, schedule: tuple[str, ...]) -> CfgNode:
 
 
 def settings(cfg: CfgNode) -> dict[str, Any]:
-    """Every key of a config, as in ``SOLVER.BASE_LR``, with its value; but for OUTPUT_DIR and
-    MODEL.DEVICE: what was done on one computer is done on all.
-    """
+    """Every key of a config, as in ``SOLVER.BASE_LR``, with its value; but for OUTPUT_DIR."""
     flat = dict(_flatten(cfg))
-    del flat["OUTPUT_DIR"], flat["MODEL.DEVICE"]
+    del flat["OUTPUT_DIR"]
     return jsonable(flat)
 
 

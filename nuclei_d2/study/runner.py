@@ -7,6 +7,7 @@ and training with its last checkpoint.
 
 import fcntl
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -73,7 +74,7 @@ class Runner:
         self._jobs = jobs
         threads = str(max(1, usable_cores() // jobs))
         self._environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        self._gpus = _gpu_numbers() if jobs > 1 else []
+        self._gpus = _gpu_numbers()
         self._thread = threading.local()  # of the pool; ``number`` from 0
         self._calibrating = defaultdict(threading.Lock)
         self._processes: set[subprocess.Popen] = set()
@@ -96,11 +97,12 @@ class Runner:
         schedule = self._known_schedule(run)
         done = self.results_folder(run) / "run.json"
         begun = self.folder(run) / "plan.json"
-        for path in (done, begun):
-            if path.is_file() and schedule is not None:
-                _check_settings(path, run, schedule)
         if done.is_file() and not self._unmeasured(run):
+            if schedule is not None:  # by whichever computer
+                _check_settings(done, run, schedule, free=("MODEL.DEVICE",))
             return "done"
+        if begun.is_file() and schedule is not None:
+            _check_settings(begun, run, schedule)
         return "begun" if begun.is_file() else "waiting"
 
     def run_all(self, runs: Sequence[Run], say: Callable[[str], None] = tqdm.write) -> list[Run]:
@@ -118,9 +120,8 @@ class Runner:
         failed = []
         self._stopped = False
         futures: dict[Future, Run] = {}
-        numbers = itertools.count()
-        number_thread = lambda: setattr(self._thread, "number", next(numbers))  # noqa: E731
-        with ThreadPoolExecutor(self._jobs, initializer=number_thread) as pool:
+        pool = ThreadPoolExecutor(self._jobs, "run", self._number_thread, (itertools.count(),))
+        with pool:
             try:
                 futures |= {pool.submit(self._execute, run): run for run in todo}
                 with tqdm(total=len(runs), initial=done, desc=self.study.name, unit="run") as bar:
@@ -255,9 +256,12 @@ class Runner:
             lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
             raise NucleiError(f"{stage} failed ({lines[-1].strip()[:300]}); see {log}")
 
+    def _number_thread(self, numbers: Iterator[int]) -> None:
+        self._thread.number = next(numbers)
+
     def _gpu(self) -> dict[str, str]:
         """Environment that gives this thread's process one of several GPUs."""
-        if len(self._gpus) < 2:
+        if self._jobs == 1 or len(self._gpus) < 2:
             return {}
         return {"CUDA_VISIBLE_DEVICES": self._gpus[self._thread.number % len(self._gpus)]}
 
@@ -294,21 +298,20 @@ class Runner:
     def _hardware(self, run: Run) -> dict[str, Any]:
         """What the time of a step depends on, as far as this program knows."""
         threads = int(self._environment["OMP_NUM_THREADS"])
-        return {"threads": threads, "device": torch.device(run.cfg.MODEL.DEVICE).type}
+        device = torch.device(run.cfg.MODEL.DEVICE).type
+        if device != "cuda":
+            return {"threads": threads, "device": device}
+        sharing = math.ceil(self._jobs / max(1, len(self._gpus)))
+        return {"threads": threads, "device": device, "jobs_per_gpu": sharing}
 
     def _check_hardware(self, path: Path, run: Run) -> None:
-        then, now = read_json(path), self._hardware(run)
-        if now["threads"] != then["threads"]:
-            raise NucleiError(
-                f"{path}: measured with {then['threads']} threads a run, now there are "
-                f"{now['threads']}; call with as many --jobs and cores as then, or use other "
-                "--output and --results"
-            )
-        if now["device"] != then["device"]:
-            raise NucleiError(
-                f"{path}: measured on {then['device']}, now MODEL.DEVICE is {now['device']}; go on "
-                "there, or use other --output and --results"
-            )
+        then = read_json(path)
+        for key, now in self._hardware(run).items():
+            if then[key] != now:
+                raise NucleiError(
+                    f"{path}: measured with {key} {then[key]}, now it is {now}; go on with the "
+                    "device, --jobs, cores and GPUs of then, or use other --output and --results"
+                )
 
     def _calibrate(self, run: Run, path: Path, folder: Path, lock: int) -> None:
         (folder / "metrics.json").unlink(missing_ok=True)
@@ -330,8 +333,8 @@ class Runner:
 
 def _gpu_numbers() -> list[str]:
     """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    numbers = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return (numbers if any(numbers) else [str(k) for k in range(usable_gpus())])[: usable_gpus()]
+    count, named = usable_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(k) for k in range(count)])[:count]
 
 
 def _report(run: Run, future: Future, say: Callable[[str], None]) -> bool:
@@ -350,9 +353,11 @@ def _predictions(folder: Path, name: str) -> Path:
     return folder / "evaluation" / "inference" / name / "coco_instances_results.json"
 
 
-def _check_settings(path: Path, run: Run, schedule: tuple[str, ...]) -> None:
+def _check_settings(
+    path: Path, run: Run, schedule: tuple[str, ...], free: Sequence[str] = ()
+) -> None:
     before, now = read_json(path)["settings"], settings(load_run_config(run, schedule))
-    key = changed_setting(before, now)
+    key = changed_setting(before, {key: now[key] for key in now if key not in free})
     if key is not None:
         raise NucleiError(
             f"{path}: made with {key} {before[key]}, now it is {now[key]}; undo the change, remove "

@@ -23,8 +23,8 @@ def usable_cores() -> int:
 
 
 def usable_gpus() -> int:
-    """CUDA devices that PyTorch can use; ``torch.cuda.device_count`` counts those as well whose
-    driver is too old for its CUDA.
+    """CUDA devices that PyTorch can use. ``torch.cuda.device_count`` counts others, too, such as
+    those whose driver is too old.
     """
     import torch
 

@@ -3,16 +3,13 @@ import json
 
 import pytest
 import torch
-from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import inference_on_dataset
 from tiny import in_two_processes, tiny_args
 
-from nuclei_d2.config import load_config
 from nuclei_d2.engine.checks import best_metrics
 from nuclei_d2.engine.setup import setup
 from nuclei_d2.engine.trainer import (
     NucleiTrainer,
-    _rate_before_scaling,
     build_checkpointer,
     evaluate,
     evaluate_and_save,
@@ -261,6 +258,24 @@ def test_the_model_that_is_evaluated_is_the_main_process_one(tiny_data, tmp_path
     assert 2.0 not in main
 
 
+@pytest.mark.parametrize(("optimizer", "factor"), [("SGD", 2), ("AdamW", 2**0.5)])
+def test_the_rate_grows_with_the_processes(tiny_data, tmp_path, monkeypatch, optimizer, factor):
+    # It names a GPU for each process.
+    monkeypatch.setattr("detectron2.engine.defaults.create_ddp_model", lambda model, **_: model)
+    opts = ("SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", "0.001")
+
+    def rates(rank):
+        cfg = tiny_setup(tmp_path / str(rank), *opts)
+        as_it_is = cfg.clone()
+        as_it_is.defrost()
+        as_it_is.SOLVER.REFERENCE_WORLD_SIZE = 0
+        return [NucleiTrainer(given).cfg.SOLVER.BASE_LR for given in (cfg, as_it_is)]
+
+    for rate, given in in_two_processes(rates, tmp_path):
+        assert rate == pytest.approx(0.001 * factor)
+        assert given == 0.001
+
+
 def test_a_loss_that_is_not_finite_stops_with_iteration_and_images(tiny_data, tmp_path):
     cfg = tiny_setup(tmp_path)
     trainer = NucleiTrainer(cfg)
@@ -294,14 +309,3 @@ def test_the_classical_baseline_is_evaluated_without_weights(tiny_data, tmp_path
     scores = evaluate_and_save(cfg, model)["tiny_test"]
     assert scores["segm"]["AP50"] > 20
     assert scores["sem_seg"]["Dice-foreground"] > 90
-
-
-@pytest.mark.parametrize(("optimizer", "factor"), [("SGD", 4), ("AdamW", 2)])
-def test_the_rate_grows_with_the_gpus(optimizer, factor):
-    cfg = load_config(opts=["SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", "0.001"])
-    given = cfg.clone()
-    given.SOLVER.BASE_LR = _rate_before_scaling(cfg, 4)
-    scaled = DefaultTrainer.auto_scale_workers(given, 4)
-    assert pytest.approx(0.001 * factor) == scaled.SOLVER.BASE_LR
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0  # leaves the config as it is
-    assert _rate_before_scaling(cfg, 4) == 0.001

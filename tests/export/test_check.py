@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
-from nuclei_d2.export.check import Agreement, pixel_agreement, run_package
+from nuclei_d2.export import check
+from nuclei_d2.export.check import Agreement, check_package, pixel_agreement, run_package
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -9,6 +11,17 @@ def test_a_file_that_does_not_run(tmp_path):
     (tmp_path / "model.ts").write_bytes(b"PK")
     with pytest.raises(NucleiError, match=r"model\.ts does not run by itself: "):
         run_package(tmp_path / "model.ts", [])
+
+
+def test_both_are_compared_in_full_precision(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(check, "run_package", lambda *_: [{}])
+    monkeypatch.setattr(check, "compare", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    check_package("model.ts", None, None, {"image": np.zeros((2, 2, 1), np.float32)})
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+    assert "torch.backends.cudnn.allow_tf32 = False" in check._RUNNER
 
 
 @pytest.mark.parametrize(

@@ -277,15 +277,16 @@ def test_there_may_be_nothing_to_overwrite(images, tmp_path):
 
 
 @pytest.mark.parametrize("time", [1, 2])
-def test_another_image_of_the_same_name_is_no_repetition(images, tmp_path, time):
+def test_another_image_of_the_same_name_is_no_repetition(images, tmp_path, time, monkeypatch):
     first, second = (tmp_path / name / "images" / "a.png" for name in ("exp1", "exp2"))
     for path in (first, second):
         path.parent.mkdir(parents=True)
         path.write_bytes(images[0].read_bytes())
         os.utime(path, (1, 1))
-    run(prediction([first], tmp_path))
+    monkeypatch.chdir(first.parent)
+    run(prediction([Path("a.png")], tmp_path))
     os.utime(second, (time, time))
-    with pytest.raises(NucleiError, match=r"is of .*exp1.*, not of .*exp2.*; name another --out"):
+    with pytest.raises(NucleiError, match=rf"is of {first}, not of {second}; name another --out"):
         prediction([second], tmp_path).prepare()
     first.unlink()  # too little is alike for a folder that was moved
     with pytest.raises(NucleiError, match="name another --output"):

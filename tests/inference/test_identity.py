@@ -49,9 +49,3 @@ def test_a_moved_file_is_known_by_three_names_and_its_version(tmp_path):
     assert not is_of(record, shutil.copy2(moved, tmp_path / "1.tif"))
     os.utime(moved, (1, 1))
     assert not is_of(record, moved)
-
-
-def test_a_record_without_a_path_is_of_no_file(tmp_path):
-    path = tmp_path / "a.tif"
-    path.write_bytes(b"abc")
-    assert not is_of(file_version(path), path)

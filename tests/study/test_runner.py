@@ -136,8 +136,8 @@ def test_a_calibration_holds_for_its_threads_and_device(make_runner):
     (runner.results_folder(run) / "run.json").unlink()
     measured = read(path)
     for key, value, words in (
-        ("threads", 7, "measured with 7 threads"),
-        ("device", "cuda", "measured on cuda, now MODEL.DEVICE is cpu"),
+        ("threads", 7, "measured with threads 7, now it is"),
+        ("device", "cuda", "measured with device cuda, now it is cpu; go on with the device"),
     ):
         path.write_text(json.dumps({**measured, key: value}))
         said = []
@@ -166,11 +166,27 @@ def test_several_at_a_time_share_the_gpus(make_runner, calls, monkeypatch, jobs,
     assert set().union(*gpus.values()) == used
 
 
-def test_what_was_done_on_a_gpu_is_done_on_a_computer_without_one(make_runner):
-    runs = make_runner(options={"MODEL.DEVICE": "cpu"})
-    assert runs.run_all(runs.study.runs()) == []
-    elsewhere = make_runner(options={"MODEL.DEVICE": "cuda"})
-    assert {elsewhere.state(run) for run in elsewhere.study.runs()} == {"done"}
+def test_the_gpus_that_jobs_may_use(make_runner, monkeypatch):
+    monkeypatch.setattr("nuclei_d2.study.runner.usable_gpus", lambda: 2)
+    cuda = {"MODEL.DEVICE": "cuda"}
+    for named, gpus in ((None, ["0", "1"]), ("", ["0", "1"]), ("7,8,9", ["7", "8"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if named is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        runner = make_runner(jobs=3, options=cuda)
+        assert runner._gpus == gpus
+        assert runner._hardware(runner.study.runs()[1])["jobs_per_gpu"] == 2
+
+
+def test_what_was_done_on_one_device_is_done_on_all_but_begun_on_one(make_runner, monkeypatch):
+    monkeypatch.setenv("STOP", "a/unet/seed1")
+    there, here = (make_runner(options={"MODEL.DEVICE": name}) for name in ("cuda", "cpu"))
+    runs = here.study.runs()
+    (begun,) = there.run_all(there.study.runs(), say=lambda line: None)
+    assert begun.key == "a/unet/seed1"
+    assert {here.state(run) for run in runs if run.key != begun.key} == {"done"}
+    with pytest.raises(NucleiError, match=r"made with MODEL\.DEVICE cuda, now it is cpu"):
+        here.state(next(run for run in runs if run.key == begun.key))
 
 
 def test_a_run_that_another_process_does_is_left_alone(make_runner):
