@@ -99,21 +99,22 @@ def accelerator_rows() -> Iterator[tuple[str, str]]:
         device = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
     if not torch.cuda.is_available():
-        found = "a GPU is there, but cannot be used" if torch.cuda.device_count() else "none"
-        yield "cuda", f"{found} ({_why_no_cuda(torch)}); set MODEL.DEVICE cpu"
+        yield "cuda", f"{_why_no_cuda(torch)}; set MODEL.DEVICE cpu"
     if torch.backends.mps.is_available():
         yield "mps", "Apple GPU"
 
 
 def _why_no_cuda(torch) -> str:
     if not torch.version.cuda:
-        return "CPU torch"
-    built = f"torch is built for CUDA {torch.version.cuda}"
+        return "none (CPU torch)"
+    reason = f"torch is built for CUDA {torch.version.cuda}"
+    if not torch.cuda.device_count():
+        return f"none ({reason})"
     try:
         torch.cuda.init()
-    except Exception as error:  # the driver is missing, too old, not initialised ..
-        return f"{built}: {str(error).splitlines()[0]}"
-    return built
+    except Exception as error:  # the driver is too old, not initialised ..
+        reason += f": {str(error).splitlines()[0]}"
+    return f"a GPU is there, but cannot be used ({reason})"
 
 
 def dataset_rows() -> list[tuple[str, str]]:

@@ -81,11 +81,16 @@ def test_a_gpu_that_cannot_be_used_is_told_with_torchs_reason(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.init", fail)
-    for count, words in ((1, "a GPU is there, but cannot be used ("), (0, "none (")):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    for count, found in (
+        (
+            1,
+            "a GPU is there, but cannot be used (torch is built for CUDA 13.0: The NVIDIA driver "
+            "on your system is too old.)",
+        ),
+        (0, "none (torch is built for CUDA 13.0)"),
+    ):
         monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
-        monkeypatch.setattr("torch.version.cuda", "13.0")
-        (row,) = [text for name, text in doctor.accelerator_rows() if name == "cuda"]
-        assert row.startswith(words)
-        assert "CUDA 13.0: The NVIDIA driver on your system is too old.); set" in row
+        assert next(doctor.accelerator_rows()) == ("cuda", f"{found}; set MODEL.DEVICE cpu")
     monkeypatch.setattr("torch.version.cuda", None)
     assert next(doctor.accelerator_rows()) == ("cuda", "none (CPU torch); set MODEL.DEVICE cpu")
