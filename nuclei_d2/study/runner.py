@@ -97,12 +97,13 @@ class Runner:
         schedule = self._known_schedule(run)
         done = self.results_folder(run) / "run.json"
         begun = self.folder(run) / "plan.json"
-        if done.is_file() and not self._unmeasured(run):
-            if schedule is not None:  # by whichever computer
-                _check_settings(done, run, schedule, free=("MODEL.DEVICE",))
-            return "done"
-        if begun.is_file() and schedule is not None:
+        is_done = done.is_file() and not self._unmeasured(run)
+        if done.is_file() and schedule is not None:  # by whichever computer
+            _check_settings(done, run, schedule, free=("MODEL.DEVICE",))
+        if begun.is_file() and schedule is not None and not is_done:
             _check_settings(begun, run, schedule)
+        if is_done:
+            return "done"
         return "begun" if begun.is_file() else "waiting"
 
     def run_all(self, runs: Sequence[Run], say: Callable[[str], None] = tqdm.write) -> list[Run]:

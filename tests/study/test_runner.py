@@ -189,6 +189,18 @@ def test_what_was_done_on_one_device_is_done_on_all_but_begun_on_one(make_runner
         here.state(next(run for run in runs if run.key == begun.key))
 
 
+def test_a_changed_run_is_refused_though_a_test_of_it_is_missing(make_runner):
+    runner = make_runner()
+    run = runner.study.runs()[0]
+    assert runner.run_all([run]) == []
+    (runner.results_folder(run) / "tiny_test.json").unlink()
+    (runner.folder(run) / "plan.json").unlink()  # the results alone came from elsewhere
+    assert runner.state(run) == "waiting"
+    changed = make_runner(options={"TEST.DETECTIONS_PER_IMAGE": 7})
+    with pytest.raises(NucleiError, match=r"run\.json: made with TEST\.DETECTIONS_PER_IMAGE"):
+        changed.state(changed.study.runs()[0])
+
+
 def test_a_run_that_another_process_does_is_left_alone(make_runner):
     runner = make_runner()
     run = runner.study.runs()[0]
