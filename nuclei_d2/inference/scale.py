@@ -21,9 +21,11 @@ from nuclei_d2.utils.errors import NucleiError
 # but those at which the whole image would be smaller than LEAST_VIEW diameters.
 VIEW, LEAST_VIEW = 12.5, 3.0
 FACTORS = tuple(2 ** (half_octaves / 2) for half_octaves in range(-6, 5))  # 1/8 to 4
-# Standard deviation of the logarithm of the diameters that are taken for usual: much wider than
-# one image's, so that what the model finds decides, unless its size is absurd.
-_SPREAD = 1.0
+# Standard deviation of the logarithm of the diameters that are taken for usual: wider than one
+# image's, so that what the model finds decides, unless it is pieces of nuclei, or clumps.
+_SPREAD = 0.6
+# The measured diameter moves the factor by at most one step of FACTORS, to either side.
+_STEP = math.sqrt(2)
 # Evidence for nuclei that a factor needs, in nuclei of the model's diameter.
 _LEAST_EVIDENCE = 0.1
 # The search ends where this many factors in a row have less than this share of the best evidence.
@@ -160,19 +162,20 @@ def _known(value: float, option: str, key: str) -> float:
 def estimate_factor(
     source: ImageSource, model_diameter: float, find: Finder
 ) -> tuple[float, float]:
-    """The factor with which the model finds most nuclei, and their median diameter in pixels.
+    """The factor that brings the nuclei to the model's diameter, and their median one in pixels.
 
-    A coarse pass from the smallest factor up. The evidence for a factor is the sum over the nuclei
-    that are found with it of score x diameter x usual, where usual is 1 for nuclei that the network
-    sees in the model's diameter, and falls off as a wide Gaussian of the logarithm. Too small,
-    nuclei are missed, or clumps found instead; too large, they are missed or fall to pieces.
+    A coarse pass, from the smallest factor up, looks for the factor with which the model finds
+    most; the diameter of what it found then makes it exact. The evidence for a factor is the sum
+    over the nuclei that are found with it of score x diameter x usual, where usual is 1 for nuclei
+    that the network sees in the model's diameter, and falls off as a Gaussian of the logarithm. Too
+    small, nuclei are missed, or clumps found instead; too large, they are missed or fall to pieces.
 
     The view is bounded, so a larger factor sees less of the image: the part where the last factor
     found most, or, where it found nothing, of most contrast. The evidence is compared within that
     part, and the ratios multiplied.
 
     Returns:
-        (factor of :data:`FACTORS`, pixels); (1, 0) where nothing is found.
+        (factor, pixels); (1, 0) where nothing is found.
     """
     window = Window(0, 0, *source.size)
     found = Found(np.zeros((0, 2)), np.zeros(0), np.zeros(0))
@@ -199,7 +202,8 @@ def estimate_factor(
     if best == -math.inf:
         return 1.0, 0.0
     chosen = int(np.argmax(ratios))
-    return factors[chosen], widths[chosen]
+    factor, width = factors[chosen], widths[chosen]
+    return float(np.clip(model_diameter / width, factor / _STEP, factor * _STEP)), width
 
 
 def _richest(

@@ -153,6 +153,38 @@ def test_factor_brings_nuclei_to_the_models_diameter(diameter, behaviour):
     assert width == diameter
 
 
+@pytest.mark.parametrize("diameter", [17.0, 24.0, 31.0])
+def test_the_measured_diameter_makes_the_factor_exact(diameter):
+    world = World(grid_of(1000, 70), diameter)
+    factor, width = estimate_factor(Image((1000, 1000)), MODEL_DIAMETER, world)
+    assert (factor, width) == (pytest.approx(MODEL_DIAMETER / diameter), diameter)
+
+
+def test_the_measured_diameter_moves_the_factor_by_one_step_at_most():
+    """Found at half the size that the model knows, and at no other: it knows that size, too."""
+    centres = grid_of(600, 60)
+
+    def find(window, factor):
+        inside = np.asarray(centres)[window.contains(np.asarray(centres, float))]
+        return World.found(inside if factor == 1.0 else inside[:0], 10, 0.9)
+
+    factor, width = estimate_factor(Image((600, 600)), MODEL_DIAMETER, find)
+    assert (factor, width) == (pytest.approx(math.sqrt(2)), 10)
+
+
+def test_halves_of_nuclei_are_no_nuclei():
+    """Seen twice too large, every nucleus is found as two halves, nearly as sure as the whole."""
+    whole = World(grid_of(600, 60), 20)
+
+    def find(window, factor):
+        found = whole(window, min(factor, 1.0))
+        if factor < 1.9:
+            return found
+        return World.found(np.repeat(found.centres, 2, axis=0), 20 / math.sqrt(2), 0.8)
+
+    assert estimate_factor(Image((600, 600)), MODEL_DIAMETER, find) == (1.0, 20)
+
+
 def test_explanation_of_the_estimate():
     world = World(grid_of(500, 80), 40)
     choice = choose_scale(Image((500, 500)), config(), world, diameter="auto")
@@ -195,7 +227,8 @@ def test_a_small_image_is_not_taken_for_one_nucleus():
 
 def test_an_image_smaller_than_a_few_nuclei_is_looked_at_as_it_is():
     world = World([(7, 7)], 12)
-    assert estimate_factor(Image((14, 14)), MODEL_DIAMETER, world) == (1.0, 12)
+    factor, width = estimate_factor(Image((14, 14)), MODEL_DIAMETER, world)
+    assert (factor, width) == (pytest.approx(math.sqrt(2)), 12)
     assert [factor for _, factor in world.calls] == [1.0]
 
 

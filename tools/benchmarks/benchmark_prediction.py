@@ -7,11 +7,14 @@ tools/benchmarks/benchmark_prediction.py unlike --config-file ... --weights ... 
     --datasets dsb2018_fluorescence_test dsb2018_histology_train
 tools/benchmarks/benchmark_prediction.py trust --config-file ... --weights ... \\
     --datasets dsb2018_fluorescence_val --tta
+tools/benchmarks/benchmark_prediction.py scale --config-file ... --weights ... \\
+    --datasets dsb2018_fluorescence_val
 
 tiling: a large generated image in tiles and as a whole. empty: nuclei found where there are none,
 and the contrast of annotated ones. unlike: how often images, and those of the first data set that
 were spoilt, are said to be unlike the training images. trust: how well what is known of a nucleus
-tells whether it is right.
+tells whether it is right. scale: how well the size of nuclei is estimated, in images as they are,
+shrunk and enlarged, and what that does to F1.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from tqdm import tqdm
 from nuclei_d2.config import load_config
 from nuclei_d2.data.augmentation import ResampleTransform
 from nuclei_d2.data.datasets.builtin import register_from_config
-from nuclei_d2.data.datasets.statistics import median_diameter
+from nuclei_d2.data.datasets.statistics import equivalent_diameter, median_diameter
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.data.image_measures import MEASURES, count_pixels, image_measures, judge
@@ -45,12 +48,13 @@ from nuclei_d2.inference.duplicates import find_overlaps
 from nuclei_d2.inference.nuclei import Nuclei
 from nuclei_d2.inference.pipeline import NucleiPipeline, PredictionOptions
 from nuclei_d2.inference.tiling import Grid, make_grid
-from nuclei_d2.structures.cropped_mask import label_image_to_masks
+from nuclei_d2.structures.cropped_mask import label_image_to_masks, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import write_json
 
 Rows = list[dict[str, Any]]
 _SAME, _FOUND, _RIGHT = 0.9, 0.5, 0.75  # IoU
+_SIZES = (0.5, 1, 2)  # of an image, times its own
 _LOW, _HIGH = 1, 99.8  # percentiles between which an image's range is spoilt
 
 
@@ -75,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config_file, ["MODEL.WEIGHTS", args.weights, *args.opts])
-    if args.measure in ("unlike", "trust") and not args.datasets:
+    if args.measure in ("unlike", "trust", "scale") and not args.datasets:
         raise NucleiError(f"{args.measure}: name registered data sets, --datasets")
     cfg.DATASETS.TRAIN, cfg.DATASETS.VAL, cfg.DATASETS.TEST = tuple(args.datasets), (), ()
     register_from_config(cfg)
@@ -347,13 +351,67 @@ def area_under_roc(values: np.ndarray, right: np.ndarray, weights: np.ndarray) -
     return float((ranks - positive * (positive + 1) / 2) / (positive * negative))
 
 
+# ---------------------------------------------------------------------------------- scale
+
+
+def measure_scale(cfg: CfgNode, args: argparse.Namespace) -> Rows:
+    """Estimated over annotated median diameter, and mean F1 with and without the estimate."""
+    pipeline = NucleiPipeline(cfg)
+    records = [record for name in args.datasets for record in DatasetCatalog.get(name)]
+    records = [record for record in records if len(annotated(record))]
+    rows = []
+    for size in _SIZES:
+        ratios, scores = [], []
+        for record in tqdm(records, f"x {size:g}", unit="image"):
+            ratio, score = judge_scale(pipeline, record, size)
+            ratios.append(ratio)
+            scores.append(score)
+        low, middle, high = np.percentile(ratios, (5, 50, 95))
+        wrong = np.mean(np.abs(np.log2(ratios)) > 0.5)
+        means = {name: np.mean([score[name] for score in scores]) for name in scores[0]}
+        rows.append(
+            {"size": size, "images": len(records), "estimated / true, 5 %": low, "median": middle,
+             "95 %": high, "off by more than sqrt(2), %": 100 * wrong, **means}
+        )  # fmt: skip
+    return rows
+
+
+def judge_scale(
+    pipeline: NucleiPipeline, record: dict[str, Any], size: float
+) -> tuple[float, dict[str, float]]:
+    """Estimated over annotated diameter, and F1 by what the pipeline is told of the diameter."""
+    image, truth = resized(read_image(record["file_name"]), size), annotated(record, size)
+    true, model = np.median(equivalent_diameter(truth.areas)), pipeline.cfg.INPUT.NUCLEUS_DIAMETER
+    scores = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.tif"
+        tifffile.imwrite(path, image, photometric="minisblack" if image.ndim == 2 else "rgb")
+        for name, diameter in (("not scaled", model), ("annotated", true), ("estimated", "auto")):
+            pipeline.options = PredictionOptions(diameter=diameter)
+            nuclei, found = pipeline(path)
+            scores[f"F1, {name}"] = f1_score(nuclei, truth, _FOUND)
+    return model * pipeline.cfg.INPUT.SCALE / found["scale"] / true, scores
+
+
 # ----------------------------------------------------------------------------------- data
 
 
-def annotated(record: dict[str, Any]) -> Nuclei:
-    """The true nuclei of a dataset dict."""
+def resized(image: np.ndarray, size: float, nearest: bool = False) -> np.ndarray:
+    """An image, ``size`` times as wide and high, of its dtype: (h, w), or (h, w, C) if C > 1."""
+    smooth = cv2.INTER_AREA if size < 1 else cv2.INTER_LINEAR
+    how = cv2.INTER_NEAREST if nearest else smooth
+    return cv2.resize(image, None, fx=size, fy=size, interpolation=how)
+
+
+def annotated(record: dict[str, Any], size: float = 1) -> Nuclei:
+    """The true nuclei of a dataset dict, in an image ``size`` times as wide and high."""
     masks = [rle_to_mask(a["segmentation"]) for a in record["annotations"] if not a.get("iscrowd")]
-    return Nuclei.from_masks(masks, np.ones(len(masks)), (record["height"], record["width"]))
+    shape = (record["height"], record["width"])
+    if size != 1:
+        labels = masks_to_label_image(masks, shape).astype(np.uint16)
+        labels = resized(labels, size, nearest=True)
+        masks, shape = [mask for _, mask in label_image_to_masks(labels)], labels.shape
+    return Nuclei.from_masks(masks, np.ones(len(masks)), shape)
 
 
 _MEASUREMENTS = {
@@ -361,6 +419,7 @@ _MEASUREMENTS = {
     "empty": measure_empty,
     "unlike": measure_unlike,
     "trust": measure_trust,
+    "scale": measure_scale,
 }
 
 if __name__ == "__main__":

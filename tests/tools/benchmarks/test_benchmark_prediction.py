@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pycocotools.mask import encode
 from tiny import CONFIGS, REPOSITORY
 
 from nuclei_d2.utils.errors import NucleiError
@@ -71,9 +72,27 @@ def test_scores_are_compared_with_the_truth(measure, tiny_data, capsys):
     assert "6 images, " in capsys.readouterr().out
 
 
-def test_data_sets_have_to_be_named(measure):
+def test_estimated_sizes_follow_the_images(measure, tiny_data):
+    rows = measure("scale", "--datasets", "tiny_val", "tiny_test")
+    assert [row["size"] for row in rows] == list(tool._SIZES)
+    assert all(0.5 < row["median"] < 2 for row in rows)
+    assert all(0 < row["F1, annotated"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("size", [0.5, 1, 2])
+def test_annotated_nuclei_of_a_resized_image(size):
+    mask = np.zeros((20, 30), np.uint8, order="F")
+    mask[4:12, 6:16] = 1
+    record = {"height": 20, "width": 30, "annotations": [{"segmentation": encode(mask)}]}
+    truth = tool.annotated(record, size)
+    assert truth.size == (20 * size, 30 * size)
+    assert truth.areas.tolist() == [80 * size**2]
+
+
+@pytest.mark.parametrize("what", ["trust", "scale"])
+def test_data_sets_have_to_be_named(measure, what):
     with pytest.raises(NucleiError, match="--datasets"):
-        measure("trust")
+        measure(what)
 
 
 @given(
