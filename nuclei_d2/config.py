@@ -2,22 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
-from detectron2.modeling.roi_heads import (
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-)
 
+from nuclei_d2.config_checks import check_config, value_at
 from nuclei_d2.utils.errors import NucleiError
-from nuclei_d2.utils.hardware import usable_gpus
 
 
 def add_nuclei_config(cfg: CfgNode) -> None:
@@ -194,58 +188,6 @@ def _add_test_keys(cfg: CfgNode) -> None:
     cfg.TEST.SCORE_THRESH_LABELS = 0.5
 
 
-_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "LN")
-_CHOICES = {
-    "INPUT.FORMAT": ("RGB", "BGR"),
-    "INPUT.MASK_FORMAT": ("bitmask",),
-    "INPUT.CROP.TYPE": ("absolute",),
-    "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical", "both"),
-    "MODEL.ROI_MASK_HEAD.BOUNDARY.TARGET": ("exact", "paper"),
-    "MODEL.UNET.TARGET": ("two_class", "boundary", "distance"),
-    "MODEL.UNET.BOUNDARY": ("inner", "thick"),
-    "MODEL.CLASSICAL.THRESHOLD": ("otsu", "local"),
-    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
-    "SOLVER.LR_SCHEDULER_NAME": (
-        "WarmupMultiStepLR",
-        "WarmupCosineLR",
-        "WarmupStepWithFixedGammaLR",
-    ),
-    "MODEL.RESNETS.NORM": _NORMS,
-    "MODEL.FPN.NORM": _NORMS,
-    "MODEL.UNET.NORM": _NORMS,
-    "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
-    "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
-}
-
-# Detectron2's keys that nothing reads here, and what does their work. A value other than
-# Detectron2's default would be ignored in silence.
-_SIZE_REMEDY = "images are scaled by INPUT.SCALE, and in training by INPUT.SCALE_JITTER as well"
-_PROPOSALS_REMEDY = "proposals are the model's own (MODEL.PROPOSAL_GENERATOR)"
-_UNUSED = {
-    "INPUT.MIN_SIZE_TRAIN": _SIZE_REMEDY,
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": _SIZE_REMEDY,
-    "INPUT.MAX_SIZE_TRAIN": _SIZE_REMEDY,
-    "INPUT.MIN_SIZE_TEST": _SIZE_REMEDY,
-    "INPUT.MAX_SIZE_TEST": _SIZE_REMEDY,
-    "MODEL.LOAD_PROPOSALS": _PROPOSALS_REMEDY,
-    "DATASETS.PROPOSAL_FILES_TRAIN": _PROPOSALS_REMEDY,
-    "DATASETS.PROPOSAL_FILES_TEST": _PROPOSALS_REMEDY,
-    "MODEL.KEYPOINT_ON": "nuclei have no keypoints",
-    "TEST.AUG.ENABLED": "tools/predict.py --tta predicts with augmentation",
-    "TEST.PRECISE_BN.ENABLED": "MODEL.RESNETS.NORM GN needs no batch statistics",
-}
-
-# Names that must be registered, by our package, Detectron2 or the user's own code.
-_REGISTRIES = {
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
-    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
-}
-
-
 def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     """Default config <- ``config_file`` <- ``opts`` (``KEY VALUE KEY VALUE ...``).
 
@@ -274,9 +216,18 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
 def _as_float(cfg: CfgNode, key: str, value: str) -> str:
     """``INPUT.SCALE 2`` means 2.0; yacs would call it the wrong type."""
     with suppress(KeyError, TypeError):
-        if isinstance(_value(cfg, key), float) and re.fullmatch(r"[+-]?\d+", value):
+        if isinstance(value_at(cfg, key), float) and re.fullmatch(r"[+-]?\d+", value):
             return f"{value}.0"
     return value
+
+
+def _make_floats(cfg: CfgNode, values: dict) -> None:
+    """The same for a tree of values, in place."""
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(cfg.get(key), CfgNode):
+            _make_floats(cfg[key], value)
+        elif type(value) is int and isinstance(cfg.get(key), float):
+            values[key] = float(value)
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
@@ -298,6 +249,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
             f"{config_file}: a config, and its _BASE_, is a YAML mapping of keys to values"
         )
     values.pop("VERSION", None)
+    _make_floats(cfg, values)
     _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(values)), config_file)
 
 
@@ -324,89 +276,3 @@ def _unknown_key(cfg: CfgNode, key: str) -> str:
     close = difflib.get_close_matches(missing, names, n=1)
     hint = f"; did you mean {known}{close[0]}?" if close else "."
     return f"unknown config key {key}{hint} Keys under {known or 'the top'}: {', '.join(names)}"
-
-
-def check_config(cfg: CfgNode) -> None:
-    """Raise :class:`NucleiError` for a value that cannot be, saying which ones can."""
-    _check_unused(cfg)
-    for key, choices in _CHOICES.items():
-        check_choice(key, _value(cfg, key), choices)
-    for key, registry in _REGISTRIES.items():
-        check_choice(key, _value(cfg, key), sorted(name for name, _ in registry))
-    for entry in cfg.DATASETS.CUSTOM:
-        if len(entry) != 3:
-            raise NucleiError(
-                f"DATASETS.CUSTOM: an entry is [name, annotation JSON, image folder], got {entry}"
-            )
-    _check_image_keys(cfg)
-    cap = cfg.TEST.DETECTIONS_PER_IMAGE
-    if cap < 1:
-        raise NucleiError(f"TEST.DETECTIONS_PER_IMAGE is {cap}; it counts instances, from 1")
-    for name, ends in cfg.INPUT.TRAINING_RANGES.items():
-        if len(ends) and not _is_range(ends):
-            raise NucleiError(
-                f"INPUT.TRAINING_RANGES.{name} is {list(ends)}; give [lowest, highest], or []"
-            )
-
-
-def _check_image_keys(cfg: CfgNode) -> None:
-    if cfg.INPUT.SCALE <= 0:
-        raise NucleiError(f"INPUT.SCALE is {cfg.INPUT.SCALE}; it is a factor above 0")
-    crop = list(cfg.INPUT.CROP.SIZE)
-    if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
-        raise NucleiError(f"INPUT.CROP.SIZE is {crop}; give [height, width] in whole pixels")
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != 3:
-            raise NucleiError(
-                f"MODEL.{key} is {list(cfg.MODEL[key])}; images have three channels, grey ones "
-                "three equal ones: give three numbers"
-            )
-    if not cfg.MODEL.MASK_ON:
-        raise NucleiError("MODEL.MASK_ON is False, but masks are what nuclei are: leave it True")
-
-
-def _check_unused(cfg: CfgNode) -> None:
-    defaults = get_cfg()
-    for key, remedy in _UNUSED.items():
-        if _value(cfg, key) != _value(defaults, key):
-            raise NucleiError(
-                f"{key} is {_value(cfg, key)!r}, but nuclei_d2 does not use it: {remedy}; "
-                f"leave it at {_value(defaults, key)!r}"
-            )
-
-
-def _is_range(ends: Sequence) -> bool:
-    numbers = all(isinstance(end, (int, float)) for end in ends)
-    return len(ends) == 2 and numbers and ends[0] <= ends[1]
-
-
-def _value(cfg: CfgNode, key: str):
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-def check_device(cfg: CfgNode) -> None:
-    """Raise :class:`NucleiError` when ``MODEL.DEVICE`` asks for hardware that is not there.
-
-    A GPU with a number becomes the current one, which CUDA's events and memory counters look at.
-    """
-    try:
-        device = torch.device(cfg.MODEL.DEVICE)
-        if device.type == "cuda" and (device.index or 0) < usable_gpus():
-            if device.index is not None:
-                torch.cuda.set_device(device)
-            return  # without a tensor on the first GPU, whose context would stay in this process
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise NucleiError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} but it cannot be used here "
-            f"({str(error).splitlines()[0]}); add MODEL.DEVICE cpu"
-        ) from error
-
-
-def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
-    """Raise :class:`NucleiError` naming ``key`` unless ``value`` is one of ``choices``."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise NucleiError(f"{key} is {value!r}; valid: {', '.join(map(str, choices))}")

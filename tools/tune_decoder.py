@@ -19,13 +19,14 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from tqdm import tqdm
 
-from nuclei_d2.config import check_device, load_config
+from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.engine.trainer import NucleiTrainer, build_checkpointer
 from nuclei_d2.evaluation.decoder_tuning import CANDIDATES, TuningSet, tune_settings
 from nuclei_d2.modeling import UNet, build_model
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.files import atomic_path, check_writable, write_json
+from nuclei_d2.utils.hardware import use_device
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config_file, args.opts)
     check_outputs(args)
-    check_device(cfg)
+    use_device(cfg.MODEL.DEVICE)
     if len(cfg.DATASETS.VAL) != 1:
         raise NucleiError(f"DATASETS.VAL is {cfg.DATASETS.VAL}; name the one set to tune on")
     (name,) = cfg.DATASETS.VAL

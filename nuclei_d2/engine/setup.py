@@ -9,12 +9,13 @@ from detectron2.engine import TrainerBase, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from nuclei_d2.config import check_device, load_config
+from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.data.datasets.statistics import median_diameter
 from nuclei_d2.data.image_measures import training_ranges
 from nuclei_d2.engine.checks import check_run, data_warnings
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.hardware import use_device
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def checked_config(args) -> CfgNode:
         NucleiError: a wrong config, a device or a data set that is not there.
     """
     cfg = load_config(args.config_file, args.opts)
-    check_device(cfg)
+    use_device(cfg.MODEL.DEVICE)
     register_from_config(cfg)
     if args.num_gpus > 1 and cfg.MODEL.DEVICE != "cuda":  # each process has a number of its own
         raise NucleiError(

@@ -8,12 +8,12 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 
-from nuclei_d2.config import check_device
 from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.engine.checkpoint import NucleiCheckpointer
 from nuclei_d2.modeling import build_model
+from nuclei_d2.utils.hardware import use_device
 
 
 class NucleiPredictor:
@@ -36,7 +36,7 @@ class NucleiPredictor:
             NucleiError: MODEL.WEIGHTS is empty, missing, unreadable or of another model, or
                 MODEL.DEVICE is not there.
         """
-        check_device(cfg)
+        use_device(cfg.MODEL.DEVICE)
         self.model = build_model(cfg.clone()).eval()
         checkpointer = NucleiCheckpointer(self.model, allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         checkpointer.load_exactly(cfg.MODEL.WEIGHTS)

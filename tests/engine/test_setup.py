@@ -60,7 +60,7 @@ def test_validation_data_are_needed_only_where_they_are_used(tiny_data, tmp_path
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0", "cuda:1"])
 def test_several_gpus_need_a_device_without_a_number(tiny_data, tmp_path, device, monkeypatch):
-    monkeypatch.setattr("nuclei_d2.engine.setup.check_device", lambda _: None)
+    monkeypatch.setattr("nuclei_d2.engine.setup.use_device", lambda _: None)
     with pytest.raises(NucleiError, match=rf"--num-gpus is 2 but MODEL\.DEVICE is '{device}'"):
         tiny_setup(tmp_path, "MODEL.DEVICE", device, num_gpus=2)
 

@@ -241,6 +241,14 @@ def test_class_weights_and_loss_weights_reach_the_losses():
     weighted = losses("MODEL.UNET.CLASS_WEIGHTS", "[1.0, 1.0, 100.0]")
     assert weighted["loss_ce"].item() != pytest.approx(plain["loss_ce"].item(), rel=1e-5)
     assert weighted["loss_dice"].item() == pytest.approx(plain["loss_dice"].item(), rel=1e-5)
+    whole = losses("MODEL.UNET.CLASS_WEIGHTS", "[1, 1, 100]")
+    assert whole["loss_ce"].item() == pytest.approx(weighted["loss_ce"].item())
+
+
+def test_a_backbone_that_does_not_fit_is_one_line():
+    cfg = load_config("", ["MODEL.BACKBONE.NAME", "build_unet_encoder", "MODEL.DEVICE", "cpu"])
+    with pytest.raises(NucleiError, match=r"build_unet_encoder makes no features 'res4'.*configs/"):
+        build_model(cfg)
 
 
 def test_the_network_of_the_paper_has_its_channels_and_strides():

@@ -1,6 +1,8 @@
 import pytest
+import torch
 
-from nuclei_d2.utils.hardware import bfloat16_support, cpu_name, usable_gpus
+from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.hardware import bfloat16_support, cpu_name, usable_gpus, use_device
 
 
 def test_the_cpu_is_named(tmp_path):
@@ -28,3 +30,26 @@ def test_a_gpu_that_is_there_may_be_of_no_use(monkeypatch, available):
     monkeypatch.setattr("torch.cuda.is_available", lambda: available)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)  # by its driver, however old
     assert usable_gpus() == 2 * available
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    for device in ("cuda", "cuda:1", "cuda:0"):
+        use_device(device)
+    assert chosen == [torch.device("cuda:1"), torch.device("cuda:0")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that can be used")
+def test_a_gpu_whose_driver_is_too_old_is_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # it is seen, but not available
+    with pytest.raises(NucleiError, match=r"MODEL\.DEVICE is 'cuda'.*add MODEL\.DEVICE cpu"):
+        use_device("cuda")
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    use_device("cpu")
+    with pytest.raises(NucleiError, match=r"MODEL\.DEVICE is 'cuda:77'.*MODEL\.DEVICE cpu"):
+        use_device("cuda:77")

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from nuclei_d2.modeling.meta_arch.classical import Classical
 from nuclei_d2.modeling.meta_arch.rcnn import NucleiRCNN
 from nuclei_d2.modeling.meta_arch.unet import UNet
+from nuclei_d2.utils.errors import NucleiError
 
 __all__ = ["Classical", "NucleiRCNN", "UNet", "build_model"]
 
@@ -15,5 +16,16 @@ def build_model(cfg: CfgNode) -> torch.nn.Module:
     """Detectron2's ``build_model``, for training and inference alike, channels last in memory.
 
     Convolutions in bfloat16 are faster that way, on CPUs with such instructions and on GPUs.
+
+    Raises:
+        NucleiError: the backbone does not make what the rest of the model takes.
     """
-    return modeling.build_model(cfg).to(memory_format=torch.channels_last)
+    try:
+        model = modeling.build_model(cfg)
+    except KeyError as error:
+        raise NucleiError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} makes no features {error.args[0]!r}, "
+            f"which MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} is to take; begin with a "
+            "config from configs/, or change the keys IN_FEATURES, too"
+        ) from error
+    return model.to(memory_format=torch.channels_last)

@@ -82,7 +82,7 @@ class UNet(nn.Module):
         self.bfloat16 = bfloat16
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
-        weights = torch.tensor(class_weights or [1.0] * num_classes)
+        weights = torch.tensor(class_weights or [1.0] * num_classes, dtype=torch.float32)
         self.register_buffer("class_weights", weights, False)
 
     @classmethod
