@@ -9,13 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 
-from nuclei_d2.config import check_choice
+from nuclei_d2.config_checks import check_choice
 from nuclei_d2.data.image_io import read_label
-from nuclei_d2.data.targets import CLASS_NAMES
-from nuclei_d2.evaluation.boundary_ap import boundary_ap
-from nuclei_d2.evaluation.coco_evaluation import coco_ap, dataset_to_coco
-from nuclei_d2.evaluation.scores import HEADLINE
-from nuclei_d2.evaluation.sem_seg_evaluation import sem_seg_scores
+from nuclei_d2.evaluation import measured_metrics
 from nuclei_d2.utils.errors import NucleiError
 
 # A detector needs several proposals for every nucleus. On full images of DSB 2018, caps of two per
@@ -38,28 +34,15 @@ def check_run(cfg: CfgNode, eval_only: bool) -> None:
 
 
 def best_metrics(cfg: CfgNode) -> list[str]:
-    """Names of all that the evaluators of ``DATASETS.VAL`` measure: "segm/AP", ..., or, of several
-    sets, "<name>/segm/AP", ...
+    """Names of what the evaluators of ``DATASETS.VAL`` measure, if more of it is better: "segm/AP",
+    ..., or, of several sets, "<name>/segm/AP", ...
     """
     several = len(cfg.DATASETS.VAL) > 1
     return [
         f"{name}/{metric}" if several else metric
         for name in cfg.DATASETS.VAL
-        for metric in _metrics(cfg, name)
+        for metric in measured_metrics(cfg, name)
     ]
-
-
-def _metrics(cfg: CfgNode, dataset_name: str) -> list[str]:
-    """What :func:`nuclei_d2.evaluation.build_evaluator` has measured, by measuring nothing."""
-    average_precision = coco_ap(dataset_to_coco([]), [], "segm", 1)
-    tasks = {"segm": average_precision, "bbox": average_precision}
-    if MetadataCatalog.get(dataset_name).get("evaluator_type", "nuclei") == "nuclei":
-        tasks["nuclei"] = ["_".join(path) for path in HEADLINE]
-        tasks["boundary"] = [f"AP_{name}" for name in boundary_ap([])]
-    if cfg.MODEL.META_ARCHITECTURE == "UNet":
-        classes = CLASS_NAMES[cfg.MODEL.UNET.TARGET]
-        tasks["sem_seg"] = sem_seg_scores(np.zeros((len(classes), len(classes))), classes)
-    return [f"{task}/{metric}" for task, metrics in tasks.items() for metric in metrics]
 
 
 def data_warnings(cfg: CfgNode, evaluated: Iterable[str], trained: Iterable[str] = ()) -> list[str]:

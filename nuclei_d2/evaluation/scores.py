@@ -68,6 +68,13 @@ HEADLINE: tuple[Path, ...] = (
     *(("boundary", "iou", name) for name in BOUNDARIES),
     *(("errors", name) for name in ERRORS),
 )
+
+
+def is_better_high(path: Path) -> bool:
+    """Whether a higher value is the better one; not so of errors and distances."""
+    return path[0] != "errors" and path[-1] != "hd95"
+
+
 # What the numbers mean, by the last or last but one part of their place.
 DEFINITIONS = {
     "f1": "2 TP / (nuclei + predictions) at IoU >= t, one to one; mean over .50:.05:.95",

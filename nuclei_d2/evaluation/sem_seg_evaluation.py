@@ -55,12 +55,12 @@ class NucleiSemSegEvaluator(DatasetEvaluator):
             target: label image (H, W) -> classes (H, W), integers in 0..K-1.
         """
         self._dataset_name = dataset_name
-        self._class_names = class_names
+        self.class_names = class_names
         self._target = target
         self.reset()
 
     def reset(self) -> None:
-        k = len(self._class_names)
+        k = len(self.class_names)
         self._confusion = np.zeros((k, k), np.int64)  # true class x predicted class, pixels
 
     @cached_property
@@ -69,7 +69,7 @@ class NucleiSemSegEvaluator(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Count the pixels of one batch: dicts with image_id, and ``sem_seg`` (K, H, W)."""
-        k = len(self._class_names)
+        k = len(self.class_names)
         for record, output in zip(inputs, outputs, strict=True):
             predicted = output["sem_seg"].argmax(dim=0).cpu().numpy()
             labels = read_labels(self._records[record["image_id"]], predicted.shape)
@@ -82,7 +82,7 @@ class NucleiSemSegEvaluator(DatasetEvaluator):
         gathered = comm.gather(self._confusion, dst=0)
         if not comm.is_main_process():
             return None
-        scores = sem_seg_scores(sum(gathered), self._class_names)
+        scores = sem_seg_scores(sum(gathered), self.class_names)
         _logger.info(
             f"{self._dataset_name}: pixels of all images together, in percent:\n"
             f"{create_small_table(scores)}"

@@ -1,19 +1,41 @@
 import os
 
 import numpy as np
+import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 from tiny import TINY_DATA_OPTS, write_split
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.datasets.builtin import register_from_config
-from nuclei_d2.engine.checks import data_warnings
+from nuclei_d2.engine.checks import best_metrics, check_run, data_warnings
+from nuclei_d2.utils.errors import NucleiError
 
 
 def warnings(*opts, evaluated=("tiny_test",), trained=()):
     cfg = load_config("", [*TINY_DATA_OPTS, *opts])
     register_from_config(cfg)
     return data_warnings(cfg, evaluated, trained)
+
+
+def validating(*opts):
+    cfg = load_config("", [*TINY_DATA_OPTS, "TEST.EVAL_PERIOD", "1", *opts])
+    register_from_config(cfg)
+    return cfg
+
+
+def test_the_best_model_is_not_the_one_with_most_errors(tiny_data):
+    names = best_metrics(validating())
+    assert {"segm/AP", "nuclei/pooled_accuracy_mean", "boundary/AP_2px"} <= set(names)
+    assert not [name for name in names if "errors" in name or "hd95" in name]
+    with pytest.raises(NucleiError, match=r"BEST_METRIC is 'nuclei/boundary_hd95'; valid: .*AP75"):
+        check_run(validating("TEST.BEST_METRIC", "nuclei/boundary_hd95"), eval_only=False)
+
+
+def test_pixels_are_measured_of_semantic_models_only(tiny_data):
+    assert not [name for name in best_metrics(validating()) if name.startswith("sem_seg")]
+    unet = best_metrics(validating("MODEL.META_ARCHITECTURE", "UNet"))
+    assert [name for name in unet if name.startswith("sem_seg")]
 
 
 def touch(path):

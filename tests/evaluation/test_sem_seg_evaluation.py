@@ -62,7 +62,7 @@ def test_only_models_with_sem_seg_have_it_scored():
 
     assert build() == []
     (unet,) = build("MODEL.META_ARCHITECTURE", "UNet", "MODEL.UNET.TARGET", "distance")
-    assert unet._class_names == ("background", "nucleus")
+    assert unet.class_names == ("background", "nucleus")
     (classical,) = build("MODEL.META_ARCHITECTURE", "Classical", "MODEL.UNET.TARGET", "boundary")
     assert classical._target is two_class_target
 

@@ -8,7 +8,7 @@ import numpy as np
 from nuclei_d2.evaluation.bootstrap import FEW_IMAGES, bootstrap_intervals, paired_differences
 from nuclei_d2.evaluation.comparison import Evaluation
 from nuclei_d2.evaluation.matching import CONTACT_IOU, DETECTION_IOU
-from nuclei_d2.evaluation.scores import Path
+from nuclei_d2.evaluation.scores import Path, is_better_high
 
 MAIN: Path = ("pooled", "f1", "mean")
 MERGES: Path = ("errors", "merges")
@@ -92,11 +92,6 @@ WORDS = {
     "spurious": f"a prediction without a nucleus of IoU above {DETECTION_IOU}",
     "IoU": "the area that two outlines share, divided by the area that either covers",
 }
-
-
-def is_better_high(path: Path) -> bool:
-    """Whether a higher value is the better one; not so of errors and distances."""
-    return path[0] != "errors" and path[-1] != "hd95"
 
 
 # ----------------------------------------------------------------------------- numbers

@@ -13,7 +13,7 @@ from nuclei_d2.evaluation.boundary_ap import ScoredImage
 from nuclei_d2.evaluation.comparison import Evaluation
 from nuclei_d2.evaluation.inputs import GroundTruth
 from nuclei_d2.evaluation.matching import DETECTION_IOU, IOU_THRESHOLDS
-from nuclei_d2.evaluation.scores import ERRORS, HEADLINE, SIZE_NAMES, definition
+from nuclei_d2.evaluation.scores import ERRORS, HEADLINE, SIZE_NAMES, definition, is_better_high
 from nuclei_d2.evaluation.scores import Path as MetricPath
 from nuclei_d2.visualization.report.charts import Axis, bar_chart, line_chart, marker, style
 from nuclei_d2.visualization.report.curves import (
@@ -31,7 +31,6 @@ from nuclei_d2.visualization.report.findings import (
     answer,
     cost_rows,
     format_value,
-    is_better_high,
 )
 from nuclei_d2.visualization.report.overlays import KINDS, draw_overlay, pick_images
 from nuclei_d2.visualization.report.templates import render_template
