@@ -24,7 +24,7 @@ from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
 from nuclei_d2.inference.image_source import ImageSource, open_image
 from nuclei_d2.inference.network import TileNetwork
 from nuclei_d2.inference.nuclei import Nuclei, nuclei_quality
-from nuclei_d2.inference.scale import ScaleChoice, choose_scale, make_finder
+from nuclei_d2.inference.scale import ScaleChoice, choose_scale, load_choice, make_finder
 from nuclei_d2.inference.tiling import (
     ALIGNMENT,
     Grid,
@@ -41,6 +41,7 @@ from nuclei_d2.inference.tiling import (
 )
 from nuclei_d2.inference.tta import UPRIGHT, VIEWS, vote
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.files import write_json
 
 _SEAM_AGREEMENT, _SEAM_NUCLEI = 0.8, 20  # below the first, among at least so many, is a warning
 _SIZE_RATIO = 2.0  # between the nuclei's diameter and the model's; more is a warning
@@ -139,17 +140,20 @@ class NucleiPipeline:
         """Find the nuclei of an opened image.
 
         Args:
-            folder: where the results of the tiles are kept, so that another call after an
-                interrupted one goes on; None: nowhere.
+            folder: where the scale and the results of the tiles are kept, so that another call
+                after an interrupted one goes on; None: nowhere.
 
         Raises:
             NucleiError: the pixels cannot be read.
         """
         start = time.perf_counter()
         image = _Image(source, self._normalize, self._normalize.range_of(source))
-        choice = self._choose_scale(image)
+        kept = folder and folder / "scale.json"
+        choice = load_choice(kept) if kept and kept.is_file() else self._choose_scale(image)
         scale = self.cfg.INPUT.SCALE * choice.factor
         grid = make_grid(source.size, scale, self.options.tile, self.options.overlap)
+        if kept and len(grid.tiles) > 1:  # an estimate differs a little from device to device
+            write_json(kept, choice._asdict(), durable=True)
         results = self._find_in_tiles(image, grid, folder)
         nuclei, seams = merge_tiles(results, grid)
         diameter = float(np.median(equivalent_diameter(nuclei.areas))) if len(nuclei) else None

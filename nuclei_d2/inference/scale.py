@@ -1,7 +1,9 @@
 """How much to enlarge an image so that its nuclei are as large as those the model learnt from."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +45,11 @@ class ScaleChoice(NamedTuple):
 
     factor: float
     explanation: str
+
+
+def load_choice(path: Path) -> ScaleChoice:
+    """One that was written as JSON."""
+    return ScaleChoice(**json.loads(path.read_bytes()))
 
 
 class Window(NamedTuple):

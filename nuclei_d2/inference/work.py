@@ -6,6 +6,7 @@ of a process that was lost stops being touched, and another process takes the it
 """
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -29,8 +30,8 @@ class SharedWork:
 
     ``records/<name>.json`` says that an item is done, ``failures/<name>.json`` that it cannot be,
     ``claims/<name>.<n>`` that a process works on it. Claim n + 1 can be made, by one process only,
-    once the owner of claim n is lost: names are never used again, so that no process can remove
-    the claim of another.
+    once the owner of claim n is lost. An owner that was only away, and comes back, knows its claim
+    by a token, and leaves alone one of the same name that another process has made since.
     """
 
     def __init__(self, folder: str | os.PathLike, lost_after: float = LOST_AFTER):
@@ -134,20 +135,22 @@ class SharedWork:
         numbers = self._claims(name)
         latest = max(numbers, default=-1)
         path = self._claim_path(name, latest + 1)
-        if (numbers and not self._is_lost(self._claim_path(name, latest))) or not _create(path):
+        owner = f"{_machine()} {os.getpid()} {secrets.token_hex(8)}"
+        is_free = not numbers or self._is_lost(self._claim_path(name, latest))
+        if not is_free or not _create(path, owner):
             yield False
             return
         stop = threading.Event()
-        heart = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+        heart = threading.Thread(target=_beat, args=(path, owner, stop), daemon=True)
         heart.start()
         try:
             yield True
         finally:
             stop.set()
             heart.join()
-            for number in (*sorted(numbers), latest + 1):  # ours last: it guards the others
-                with suppress(FileNotFoundError):
-                    self._claim_path(name, number).unlink()
+            if _is_owner(path, owner):
+                for number in (*sorted(numbers), latest + 1):  # ours last: it guards the others
+                    self._claim_path(name, number).unlink(missing_ok=True)
 
     def _claim_path(self, name: str, number: int) -> Path:
         return self.folder / "claims" / f"{name}.{number}"
@@ -159,7 +162,7 @@ class SharedWork:
     def _is_lost(self, claim: Path) -> bool:
         try:
             silence = time.time() - claim.stat().st_mtime
-            machine, pid = claim.read_text().split()
+            machine, pid, _ = claim.read_text().split()
         except FileNotFoundError:  # just released
             return False
         except ValueError:  # just created
@@ -168,11 +171,11 @@ class SharedWork:
         return has_ended or silence > self.lost_after
 
 
-def _create(path: Path) -> bool:
+def _create(path: Path, owner: str) -> bool:
     """Make a claim; False if it exists. Exclusive creation is atomic, on NFS too."""
     try:
         with path.open("x") as file:
-            file.write(f"{_machine()} {os.getpid()}")
+            file.write(owner)
     except FileExistsError:
         return False
     except OSError as error:
@@ -180,10 +183,19 @@ def _create(path: Path) -> bool:
     return True
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
+def _is_owner(path: Path, owner: str) -> bool:
+    """Whether a claim is there, and this owner's."""
+    try:
+        return path.read_text() == owner
+    except FileNotFoundError:
+        return False
+
+
+def _beat(path: Path, owner: str, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT):
         with suppress(OSError):  # a network drive may be away for a while
-            os.utime(path)
+            if _is_owner(path, owner):
+                os.utime(path)
 
 
 def _machine() -> str:

@@ -9,6 +9,7 @@ from nuclei_d2.inference import NucleiPipeline, PredictionOptions
 from nuclei_d2.inference.duplicates import find_overlaps
 from nuclei_d2.inference.image_source import ImageSource
 from nuclei_d2.inference.pipeline import _Image
+from nuclei_d2.inference.scale import ScaleChoice
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -137,6 +138,19 @@ def test_an_interrupted_image_goes_on_where_it_was(field, tmp_path, monkeypatch)
     assert len(looked_at) == record["tiles"]["count"] + 1  # one was looked at twice
     assert sorted(set(looked_at)) == sorted(looked_at[:5] + looked_at[6:])
     np.testing.assert_array_equal(nuclei.label_image(), expected.label_image())
+
+
+def test_an_interrupted_image_keeps_its_scale(field, tmp_path, monkeypatch):
+    """An estimate may differ a little where another machine goes on."""
+    whole = pipeline(tile=256, overlap=128)
+    with whole.open(field) as source:
+        nuclei, record = whole.find(source, tmp_path)
+        for tile in list(tmp_path.glob("tile_*.npz"))[::2]:
+            tile.unlink()
+        monkeypatch.setattr(whole, "_choose_scale", lambda _: ScaleChoice(1.41, "another"))
+        again, continued = whole.find(source, tmp_path)
+    assert continued["scale_explanation"] == record["scale_explanation"]
+    np.testing.assert_array_equal(again.label_image(), nuclei.label_image())
 
 
 def test_a_large_image_is_read_by_windows(field, monkeypatch):

@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_processes_do_nothing_twice(tmp_path):
     assert sorted((tmp_path / "log").read_text().splitlines()) == NAMES
 
 
-@pytest.mark.parametrize("content", ["elsewhere:1 1", "", "torn"])
+@pytest.mark.parametrize("content", ["elsewhere:1 1 token", "", "torn"])
 def test_a_silent_claim_of_another_machine_is_lost(tmp_path, content):
     shared = SharedWork(tmp_path, lost_after=100)
     claim = tmp_path / "claims" / "image 0.0"
@@ -147,7 +148,7 @@ def test_what_lost_processes_left_goes_at_the_end(tmp_path):
     shared = SharedWork(tmp_path)
     shared.record("image 0", {})
     for name in ("image 0.0", "image 9.0"):  # the second item is not finished
-        (tmp_path / "claims" / name).write_text("elsewhere 1")
+        (tmp_path / "claims" / name).write_text("elsewhere 1 token")
     (tmp_path / "records" / ".image 1.77.tmp.json").write_text("{")
     do_all(shared)
     assert [path.name for path in (tmp_path / "claims").iterdir()] == ["image 9.0"]
@@ -176,3 +177,16 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NucleiError, match="cannot write"):
         SharedWork(tmp_path / "file")
+
+
+def test_who_was_only_away_leaves_the_next_ones_claim_alone(tmp_path):
+    shared = SharedWork(tmp_path, lost_after=100)
+    claim = tmp_path / "claims" / "a.0"
+    with ExitStack() as next_one:
+        with shared.claim("a"):
+            claim.unlink()  # another took it over, and was done
+            assert next_one.enter_context(SharedWork(tmp_path).claim("a"))
+        assert claim.is_file()
+        with shared.claim("a") as again:
+            assert not again
+    assert not claim.exists()

@@ -50,6 +50,19 @@ def test_a_folder_without_permission_is_said_before(tmp_path, monkeypatch):
         check_writable(tmp_path / "out.json")
 
 
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Processes of several machines may have the same number."""
+    path = tmp_path / "a.txt"
+    with atomic_path(path) as first:
+        first.write_text("half of")
+        with atomic_path(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+        first.write_text("first")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_temporary_file_keeps_the_suffix(tmp_path):
     with atomic_path(tmp_path / "a" / "image.png") as temporary:
         assert temporary.suffix == ".png"
