@@ -173,7 +173,8 @@ def contrast_range_of_source(
     """:func:`contrast_range` of the whole image, which is read once, in bands of rows.
 
     The same numbers, to the last bit, for pixels of 8 and 16 bits, which are counted. Of others
-    there are up to 2^24 values in memory: from an image with more pixels, every second (third ..)
+    there are up to 2^24 values in memory, and as many of the noise: from an image with more pixels,
+    every second (third ..)
     in both directions.
     """
     pool = _PixelPool(source)

@@ -69,7 +69,7 @@ class NucleiCheckpointer(DetectionCheckpointer):
         if not path:
             return super().load(path, checkpointables)
         local = self._local_path(path)
-        if not _is_pickle(local):
+        if not _is_pickle(local) and "matching_heuristics" not in path.partition("?")[2]:
             self._check_any_match(path, read_weights(local))
         try:
             return super().load(path, checkpointables)
@@ -95,10 +95,15 @@ class NucleiCheckpointer(DetectionCheckpointer):
         self.load(path, checkpointables=[])
 
     def _local_path(self, path: str) -> str:
-        """Fetch a remote checkpoint, and refuse a pickle, before or after its address tells."""
-        self._check_pickle(path, path.split("?")[0])
+        """Fetch a remote checkpoint, and refuse a pickle, before or after its address tells.
+
+        A path may end in "?matching_heuristics=True", which Detectron2's checkpointer reads.
+        """
+        address = path.partition("?")[0]
+        self._check_pickle(path, address)
+        here = [name for name in (path, address) if Path(name).is_file()]
         try:
-            local = path if Path(path).is_file() else self.path_manager.get_local_path(path)
+            local = here[0] if here else self.path_manager.get_local_path(path)
         except (OSError, ValueError) as error:
             raise NucleiError(f"cannot fetch the checkpoint {path}: {error}") from error
         if not Path(local).is_file():

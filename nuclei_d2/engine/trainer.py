@@ -203,7 +203,7 @@ class NucleiTrainer(DefaultTrainer):
         total.backward()
         self.clock.switch("step")
         self.optimizer.step()
-        self.clock.switch("logging")  # waits for the GPU: last, when the whole step is queued
+        self.clock.switch("logging")  # waits for the GPU, too: last, when all is queued
         SimpleTrainer.write_metrics(losses, data_time, self.iter)
         self.clock.switch(None)
 
@@ -215,6 +215,7 @@ class NucleiTrainer(DefaultTrainer):
         try:
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._amp):
                 losses = self.model(batch)
+            # Waits for the GPU: what is not finite must not reach the weights.
             if not torch.isfinite(sum(losses.values())):
                 raise FloatingPointError({name: float(value) for name, value in losses.items()})
         except FloatingPointError as error:  # Detectron2's own for broken proposals, or ours

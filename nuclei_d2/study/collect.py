@@ -14,6 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from nuclei_d2.config import load_config
+from nuclei_d2.inference.identity import file_version
 from nuclei_d2.study.datasets import annotation_file
 from nuclei_d2.study.measure import Measured, measure, read_measured
 from nuclei_d2.study.plan import Other, Run, Study, load_run_config, settings
@@ -79,10 +80,10 @@ def collect_other(study: Study, other: Other, say: Callable[[str], None] = tqdm.
 
 
 def _is_newer(path: Path, source: Path) -> bool:
-    """Whether a file is there, and made after ``source``, if that is there."""
+    """Whether a file is there, and made after all that is in ``source``, if that is there."""
     if not path.is_file():
         return False
-    return not source.exists() or path.stat().st_mtime >= source.stat().st_mtime
+    return not source.exists() or path.stat().st_mtime_ns >= file_version(source)["file_mtime_ns"]
 
 
 def training_seconds(rows: list[dict[str, Any]]) -> list[float]:

@@ -228,11 +228,11 @@ class Runner:
         folder = self.results_folder(run)
         return [name for name in run.task.test if not (folder / f"{name}.json").is_file()]
 
-    def _call(self, words: Sequence[str], folder: Path, stage: str, lock: int) -> None:
+    def _call(self, words: Sequence[str], folder: Path, stage: str, *locks: int) -> None:
         """Run one command to its end, with its output in a log.
 
-        It inherits the lock of the run, which therefore ends with the last process of the run,
-        even if this one is killed.
+        It inherits the locks, which therefore end with the last process of the run, even if this
+        one is killed.
         """
         if self._stopped:
             raise _Stopped
@@ -244,7 +244,7 @@ class Runner:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=self._environment | self._gpu(),
-                pass_fds=(lock,),
+                pass_fds=locks,
             )
             self._processes.add(process)
             if self._stopped:  # in this very moment
@@ -287,10 +287,10 @@ class Runner:
     def _schedule(self, run: Run, lock: int) -> tuple[str, ...]:
         path = self._calibration(run)
         folder = self.study.output_dir / run.task.name / run.model.calibrated / "calibration"
-        with self._calibrating[path], _locked(folder, run.key, wait=True):
+        with self._calibrating[path], _locked(folder, run.key, wait=True) as calibrating:
             schedule = self._known_schedule(run)
             if schedule is None:
-                self._calibrate(run, path, folder, lock)
+                self._calibrate(run, path, folder, (lock, calibrating))
                 schedule = self._known_schedule(run)
         if path.is_file():
             self._check_hardware(path, run)
@@ -314,13 +314,13 @@ class Runner:
                     "device, --jobs, cores and GPUs of then, or use other --output and --results"
                 )
 
-    def _calibrate(self, run: Run, path: Path, folder: Path, lock: int) -> None:
+    def _calibrate(self, run: Run, path: Path, folder: Path, locks: Sequence[int]) -> None:
         (folder / "metrics.json").unlink(missing_ok=True)
         run = self.study.run(run.task, self.study.models[run.model.calibrated], run.seed)
         options = [*run.options, *calibration_options(run.seed)]
         options += ["OUTPUT_DIR", str(folder)]
         words = [*self._commands.train, "--config-file", run.model.config, *options]
-        self._call(words, folder, "calibrate", lock)
+        self._call(words, folder, "calibrate", *locks)
         content = {
             "seconds_per_iteration": seconds_per_iteration(read_metrics(folder / "metrics.json")),
             "iterations": CALIBRATION_ITERATIONS,

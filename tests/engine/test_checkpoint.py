@@ -148,3 +148,13 @@ def test_inference_needs_every_tensor_to_fit(tmp_path):
         NucleiCheckpointer(model(width=4), "").load_exactly(path)
     with pytest.raises(NucleiError, match=r"MODEL\.WEIGHTS is empty"):
         NucleiCheckpointer(model(), "").load_exactly("")
+
+
+def test_names_of_tensors_are_matched_by_heuristics_on_demand(tmp_path):
+    net = model()
+    torch.save({"model": net.state_dict()}, tmp_path / "other.pth")
+    other, address = nn.ModuleDict({"stem": model()}), str(tmp_path / "other.pth")
+    with pytest.raises(NucleiError, match="holds no tensor of this model"):
+        NucleiCheckpointer(other, "").load(address)
+    NucleiCheckpointer(other, "").load(f"{address}?matching_heuristics=True")
+    assert torch.equal(other["stem"].weight, net.weight)

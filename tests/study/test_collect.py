@@ -61,7 +61,13 @@ def test_predictions_of_another_program_are_measured_once(study_file, tiny_data,
     collect_other(study, study.others["stardist"])
     assert kept.stat().st_mtime_ns == before  # done already
 
-    next(folder.iterdir()).unlink()
+    label, later = next(folder.iterdir()), kept.stat().st_mtime + 10
+    os.utime(label, (later, later))  # written anew, in place
+    collect_other(study, study.others["stardist"])
+    assert kept.stat().st_mtime_ns != before
+    os.utime(label, (1, 1))
+
+    label.unlink()
     os.utime(folder, (kept.stat().st_mtime + 10,) * 2)
     said = []
     collect_other(study, study.others["stardist"], said.append)  # made anew, not yet completely
