@@ -7,9 +7,9 @@ from nuclei_d2.data.datasets.formats.coco_json import list_coco
 from nuclei_d2.data.datasets.prepare import (
     add_split_arguments,
     argument_parser,
-    parse_split,
     run,
 )
+from nuclei_d2.data.datasets.splits import parse_split
 from nuclei_d2.utils.errors import run_tool
 
 

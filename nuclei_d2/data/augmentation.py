@@ -4,6 +4,8 @@ Labels travel as ``AugInput.sem_seg``: float32 (H, W), or (H, W, L) where nuclei
 to 2^24. All randomness comes from ``np.random``, which Detectron2 seeds in every worker.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
@@ -41,6 +43,12 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     return augmentations
 
 
+def scaled_size(size: Sequence[int], factor: float) -> tuple[int, int]:
+    """(height, width) of an image that is enlarged by ``factor``, at least one pixel."""
+    height, width = (max(1, round(length * factor)) for length in size)
+    return height, width
+
+
 class RandomScaledCrop(T.Augmentation):
     """Crop a window, then scale it: only the pixels that the network sees are resampled."""
 
@@ -72,7 +80,7 @@ class RandomScaledCrop(T.Augmentation):
     def get_transform(self, image: np.ndarray, sem_seg: np.ndarray | None) -> T.Transform:
         factor = self.scale * np.exp(np.random.uniform(*np.log(self.jitter)))
         height, width = image.shape[:2]
-        new = [max(1, round(length * factor)) for length in (height, width)]
+        new = scaled_size((height, width), factor)
         if self.crop_size is None:
             return ResampleTransform(height, width, *new)
         new_h, new_w = map(min, new, self.crop_size)

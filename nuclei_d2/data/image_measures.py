@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from detectron2.config import CfgNode
 
-from nuclei_d2.data.augmentation import ResampleTransform
+from nuclei_d2.data.augmentation import ResampleTransform, scaled_size
 from nuclei_d2.data.datasets.statistics import median_diameter
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.data.normalization import ImageNormalizer, estimate_noise
@@ -162,8 +162,7 @@ def training_ranges(records: Sequence[dict[str, Any]], cfg: CfgNode) -> dict[str
 def _measure_record(record: dict[str, Any], cfg: CfgNode) -> dict[str, float | None]:
     image = ImageNormalizer(cfg)(read_image(record["file_name"]))
     sides = image.shape[:2]
-    scaled = [max(1, round(side * cfg.INPUT.SCALE)) for side in sides]
-    pixels = ResampleTransform(*sides, *scaled).apply_image(image)
+    pixels = ResampleTransform(*sides, *scaled_size(sides, cfg.INPUT.SCALE)).apply_image(image)
     return image_measures(count_pixels(pixels), median_diameter([record]) * cfg.INPUT.SCALE)
 
 

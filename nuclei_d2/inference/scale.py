@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from nuclei_d2.data.augmentation import ResampleTransform
+from nuclei_d2.data.augmentation import ResampleTransform, scaled_size
 from nuclei_d2.data.datasets.statistics import equivalent_diameter
 from nuclei_d2.data.normalization import ContrastRange, ImageNormalizer
 from nuclei_d2.inference.contrast import LEAST_CONTRAST, nuclear_contrast
@@ -257,7 +257,7 @@ def make_finder(
     def find(window: Window, factor: float) -> Found:
         image = normalize(source.read(*window.slices), contrast)
         sides = image.shape[:2]
-        new = [max(1, round(side * factor * cfg.INPUT.SCALE)) for side in sides]
+        new = scaled_size(sides, factor * cfg.INPUT.SCALE)
         pixels = ResampleTransform(*sides, *new).apply_image(image)
         inputs = {"image": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))}
         instances = model([inputs])[0]["instances"].to("cpu")

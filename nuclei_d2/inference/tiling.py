@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
+from nuclei_d2.data.augmentation import scaled_size
 from nuclei_d2.inference.duplicates import (
     DUPLICATE_IOU,
     find_overlaps,
@@ -106,7 +107,7 @@ def make_grid(size: tuple[int, int], scale: float, tile: int, overlap: int) -> G
     tile, overlap = (-(-length // ALIGNMENT) * ALIGNMENT for length in (tile, overlap))
     if overlap < 0 or tile < max(2 * overlap, ALIGNMENT):
         raise NucleiError(f"--tile {tile} is less than twice --overlap {overlap}; enlarge it")
-    network_size = tuple(max(1, round(length * scale)) for length in size)
+    network_size = scaled_size(size, scale)
     rows, columns = (_split(length, tile, overlap) for length in network_size)
     tiles = tuple(Tile(r, c, (i, j)) for i, r in enumerate(rows) for j, c in enumerate(columns))
     return Grid(tuple(size), network_size, overlap, tiles)

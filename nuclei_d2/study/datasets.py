@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from nuclei_d2.data.datasets.builtin import check_available, register_from_config
 from nuclei_d2.data.datasets.coco import mask_to_annotation, read_coco_json, write_coco_json
-from nuclei_d2.data.datasets.prepare import SPLITS, datasets_root
+from nuclei_d2.data.datasets.prepare import datasets_root
+from nuclei_d2.data.datasets.splits import SPLITS
 from nuclei_d2.data.datasets.statistics import equivalent_diameter
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate, layered_masks
 from nuclei_d2.data.image_io import read_image

@@ -34,7 +34,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from nuclei_d2.config import load_config
-from nuclei_d2.data.augmentation import ResampleTransform
+from nuclei_d2.data.augmentation import ResampleTransform, scaled_size
 from nuclei_d2.data.datasets.builtin import register_from_config
 from nuclei_d2.data.datasets.statistics import equivalent_diameter, median_diameter
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
@@ -283,7 +283,7 @@ def outside(
     for record in records:
         image = change(read_image(record["file_name"]))
         sides = image.shape[:2]
-        scaled = [round(side * cfg.INPUT.SCALE) for side in sides]
+        scaled = scaled_size(sides, cfg.INPUT.SCALE)
         pixels = ResampleTransform(*sides, *scaled).apply_image(ImageNormalizer(cfg)(image))
         diameter = median_diameter([record]) * scaled[0] / record["height"]
         values = image_measures(count_pixels(pixels), diameter)

@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from nuclei_d2.data.datasets.coco import CATEGORIES, load_nuclei_json
-from nuclei_d2.data.datasets.prepare import MODALITIES, SPLITS, datasets_root
+from nuclei_d2.data.datasets.prepare import MODALITIES, datasets_root
+from nuclei_d2.data.datasets.splits import SPLITS
 from nuclei_d2.utils.errors import NucleiError
 
 # Folder below $DETECTRON2_DATASETS -> what its registered names add to the folder's name.

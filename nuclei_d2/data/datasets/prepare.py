@@ -5,13 +5,10 @@ them in parallel processes, accounts for every mask and writes the data set.
 """
 
 import argparse
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,11 +21,17 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from tabulate import tabulate
 from tqdm import tqdm
 
+from nuclei_d2.data.datasets.accounting import (
+    PreparedImage,
+    account,
+    accounting_table,
+    merge_runs,
+)
 from nuclei_d2.data.datasets.coco import mask_to_annotation, read_coco_json, write_coco_json
 from nuclei_d2.data.datasets.sources import check_image_id
+from nuclei_d2.data.datasets.splits import SPLITS
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.structures.cropped_mask import CroppedMask, masks_to_label_image
 from nuclei_d2.utils.errors import NucleiError
@@ -38,7 +41,6 @@ from nuclei_d2.utils.hardware import usable_cores
 T = TypeVar("T")
 
 MODALITIES = ("fluorescence", "histology", "brightfield")
-SPLITS = ("train", "val", "test")
 # Reasons to drop a mask, and to note one that is kept.
 EMPTY, DUPLICATE, HIDDEN = "empty", "duplicate", "wholly hidden"
 FRAGMENTS, OVERLAPPING = "disconnected fragments", "overlapping"
@@ -95,20 +97,6 @@ class Listing:
 def datasets_root() -> Path:
     """``$DETECTRON2_DATASETS``, or ``datasets`` in the working folder, as in Detectron2."""
     return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser().absolute()
-
-
-def hash_split(image_id: str, val: float = 0.1, test: float = 0.1) -> str:
-    """Split by the id alone, so that it is the same everywhere and new images move no old one.
-
-    The decimal digits of sha256(image_id), read backwards, are a fraction in [0, 1): below
-    ``test`` it is "test", in the next ``val`` "val", else "train". With 0.1 each that is
-    fold = int(sha256, 16) mod 10, with 0 test, 1 val and the others train.
-    """
-    digits = str(int(hashlib.sha256(image_id.encode()).hexdigest(), 16))
-    fraction = float(f"0.{digits[:-10:-1]}")
-    if fraction < test:
-        return "test"
-    return "val" if fraction < test + val else "train"
 
 
 def guess_modality(image: np.ndarray) -> str:
@@ -184,10 +172,10 @@ def prepare(
     for name, group in groups.items():
         path = folder / "annotations" / f"{name}.json"
         write_coco_json(path, [image.entry for image in group], description=name)
-    report = _account(images, listing.skipped)
+    report = account(images, listing.skipped)
     settings = {"dataset": dataset, "split_rule": split_rule, "modality": modality}
     report = {**settings, "annotations": sorted(groups), **report}
-    write_json(folder / "preparation.json", {"runs": _merge_runs(folder, report)})
+    write_json(folder / "preparation.json", {"runs": merge_runs(folder, report)})
     return report
 
 
@@ -253,19 +241,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-@dataclass
-class _Prepared:
-    """What a worker sends back: the COCO entry with annotations, and the accounting."""
-
-    entry: dict[str, Any]
-    image_id: str
-    split: str
-    found: int
-    dropped: list[dict[str, str]]
-    noted: list[dict[str, str]]
-
-
-def _prepare_image(record: Record, folder: Path, modality: str) -> _Prepared | None:
+def _prepare_image(record: Record, folder: Path, modality: str) -> PreparedImage | None:
     image = record.image.read(read_image)
     kind = record.modality or guess_modality(image)
     if modality not in ("all", kind):
@@ -290,7 +266,7 @@ def _prepare_image(record: Record, folder: Path, modality: str) -> _Prepared | N
         path.write_bytes(record.image.read_bytes())
     with atomic_path(folder / entry["label_file_name"]) as path:
         Image.fromarray(labels).save(path)
-    return _Prepared(entry, record.image_id, record.split, len(named), dropped, noted)
+    return PreparedImage(entry, record.image_id, record.split, len(named), dropped, noted)
 
 
 def select_masks(
@@ -342,8 +318,8 @@ def _note(named: Sequence[NamedMask], size: tuple[int, int]) -> tuple[bool, list
 
 
 def _group(
-    images: Iterable[_Prepared], dataset: str, modality: str, by_modality: bool
-) -> dict[str, list[_Prepared]]:
+    images: Iterable[PreparedImage], dataset: str, modality: str, by_modality: bool
+) -> dict[str, list[PreparedImage]]:
     """Registered name -> its images, where there are any."""
     images = list(images)
     kinds = sorted({image.entry["modality"] for image in images}) if by_modality else []
@@ -359,72 +335,6 @@ def _group(
                 if image.split == split and kind in ("all", image.entry["modality"])
             ]
     return {name: group for name, group in groups.items() if group}
-
-
-def _merge_runs(folder: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The accounting of every run of which an annotation file stands, with those that do."""
-    try:
-        earlier = json.loads((folder / "preparation.json").read_text())["runs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        earlier = []
-    standing = {path.stem for path in (folder / "annotations").glob("*.json")}
-    standing -= set(report["annotations"])
-    runs = [report]
-    for run in earlier:
-        names = [name for name in run["annotations"] if name in standing]
-        if names:
-            runs.append({**run, "annotations": names})
-    return sorted(runs, key=lambda run: run["annotations"])
-
-
-def _account(images: Sequence[_Prepared], skipped: dict[str, str]) -> dict[str, Any]:
-    splits: dict[str, dict[str, Any]] = {}
-    for image in images:
-        nuclei = len(image.entry["annotations"])
-        row = splits.setdefault(image.split, {"images": 0, "nuclei": 0, "modalities": {}})
-        kind = row["modalities"].setdefault(image.entry["modality"], {"images": 0, "nuclei": 0})
-        for counts in (row, kind):
-            counts["images"] += 1
-            counts["nuclei"] += nuclei
-    dropped = [{"image_id": i.image_id, **entry} for i in images for entry in i.dropped]
-    noted = [{"image_id": i.image_id, **entry} for i in images for entry in i.noted]
-    counts = [len(image.entry["annotations"]) for image in images]
-    return {
-        "images": len(images),
-        "images_without_nuclei": counts.count(0),
-        "images_with_overlaps": sum(image.entry["overlaps"] for image in images),
-        "most_nuclei_in_an_image": max(counts),
-        "splits": {name: splits[name] for name in sorted(splits)},
-        "masks_found": sum(image.found for image in images),
-        "masks_kept": sum(counts),
-        "masks_dropped": dict(Counter(entry["reason"] for entry in dropped)),
-        "masks_noted": dict(Counter(entry["reason"] for entry in noted)),
-        "dropped": dropped,
-        "noted": noted,
-        "skipped": [{"file": name, "reason": skipped[name]} for name in sorted(skipped)],
-    }
-
-
-def accounting_table(report: dict[str, Any]) -> str:
-    """:func:`prepare`'s accounting as text for people."""
-    rows = []
-    for split, counts in report["splits"].items():
-        rows.append([split, "all", counts["images"], counts["nuclei"]])
-        for kind, part in sorted(counts["modalities"].items()):
-            rows.append(["", kind, part["images"], part["nuclei"]])
-    splits = tabulate(rows, ["split", "modality", "images", "nuclei"])
-    rows = [["found", report["masks_found"]], ["= kept", report["masks_kept"]]]
-    rows += [[f"+ dropped: {why}", count] for why, count in report["masks_dropped"].items()]
-    rows += [[f"kept, noted: {why}", count] for why, count in report["masks_noted"].items()]
-    masks = tabulate(rows, ["masks", "count"])
-    lines = [splits, "", masks, ""]
-    if report["skipped"]:
-        lines.append(f"{len(report['skipped'])} files left out, listed in preparation.json")
-    empty = [split for split in SPLITS if split not in report["splits"]]
-    if empty:
-        lines.append(f"no image in {', '.join(empty)}: leave it out of the config, e.g. VAL: []")
-    lines.append(f"most nuclei in an image: {report['most_nuclei_in_an_image']}")
-    return "\n".join(lines)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -446,25 +356,6 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--all-to", choices=SPLITS, help="put every image into one split")
     parser.add_argument("--modality", choices=MODALITIES, help="default: judged for each image")
-
-
-def parse_split(args: argparse.Namespace) -> tuple[Callable[[str], str], str]:
-    """The split that :func:`add_split_arguments` asks for, as image id -> split, and in words.
-
-    Raises:
-        NucleiError: the shares are no three numbers that add up to 1.
-    """
-    if args.all_to:
-        return lambda image_id: args.all_to, f"all to {args.all_to}"
-    try:
-        train, val, test = map(float, args.split.split("/"))
-        valid = min(train, val, test) >= 0 and abs(train + val + test - 1) < 1e-6
-    except ValueError:
-        valid = False
-    if not valid:
-        raise NucleiError(f"--split is {args.split!r}; give three shares such as 0.8/0.1/0.1")
-    rule = f"by sha256 of the image id, train/val/test {train:g}/{val:g}/{test:g}"
-    return partial(hash_split, val=val, test=test), rule
 
 
 def run(listing: Listing, dataset: str, args: argparse.Namespace, **options) -> None:

@@ -18,8 +18,9 @@ from nuclei_d2.data.datasets.formats import (
     list_nuinsseg,
     list_s_bsst265,
 )
-from nuclei_d2.data.datasets.prepare import hash_split, prepare
+from nuclei_d2.data.datasets.prepare import prepare
 from nuclei_d2.data.datasets.sources import image_stem, list_files
+from nuclei_d2.data.datasets.splits import hash_split
 from nuclei_d2.utils.errors import NucleiError
 
 

@@ -1,4 +1,3 @@
-import hashlib
 import io
 import json
 import multiprocessing
@@ -13,16 +12,13 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from nuclei_d2.data.datasets.accounting import accounting_table
 from nuclei_d2.data.datasets.formats import list_dsb2018
 from nuclei_d2.data.datasets.prepare import (
     Listing,
     NamedMask,
     Record,
-    accounting_table,
-    argument_parser,
     guess_modality,
-    hash_split,
-    parse_split,
     prepare,
     select_masks,
 )
@@ -59,20 +55,6 @@ def contents(folder):
 
 def load(folder, name):
     return COCO(str(folder / "annotations" / f"{name}.json"))
-
-
-def test_default_split_is_the_fold_of_sha256():
-    for image_id in map(str, range(300)):
-        fold = int(hashlib.sha256(image_id.encode()).hexdigest(), 16) % 10
-        assert hash_split(image_id) == {0: "test", 1: "val"}.get(fold, "train")
-
-
-def test_split_shares_are_met_and_zero_and_one_are_exact():
-    splits = [hash_split(f"image {k}", val=0.25, test=0.05) for k in range(4000)]
-    assert splits.count("val") / 4000 == pytest.approx(0.25, abs=0.03)
-    assert splits.count("test") / 4000 == pytest.approx(0.05, abs=0.015)
-    assert {hash_split(str(k), val=0, test=0) for k in range(200)} == {"train"}
-    assert {hash_split(str(k), val=0, test=1) for k in range(200)} == {"test"}
 
 
 @pytest.mark.parametrize(
@@ -386,14 +368,6 @@ def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "set/images/a.png").mkdir(parents=True)
     with pytest.raises(NucleiError, match=r"cannot write .*set/images/a\.png"):
         prepare(Listing([record(tmp_path / "in", "a")]), "set", root=tmp_path, progress=False)
-
-
-@pytest.mark.parametrize("shares", ["0.8/0.2", "a/b/c", "0.8/0.1/0.2", "1.2/-0.1/-0.1"])
-def test_shares_that_are_none(shares):
-    args = argument_parser("").parse_args([])
-    args.split, args.all_to = shares, None
-    with pytest.raises(NucleiError, match="--split"):
-        parse_split(args)
 
 
 @pytest.mark.skipif("NUCLEI_DSB2018" not in os.environ, reason="needs NUCLEI_DSB2018=<zip>")

@@ -8,8 +8,9 @@ import os
 from functools import partial
 
 from nuclei_d2.data.datasets.formats.readers import read_label_file
-from nuclei_d2.data.datasets.prepare import Listing, Record, hash_split
+from nuclei_d2.data.datasets.prepare import Listing, Record
 from nuclei_d2.data.datasets.sources import SourceFile, list_files
+from nuclei_d2.data.datasets.splits import hash_split
 from nuclei_d2.utils.errors import NucleiError
 
 SPLIT_RULE = "fold = int(sha256(image id), 16) mod 10: 0 test, 1 val, else train"

@@ -10,8 +10,9 @@ import os
 from functools import partial
 
 from nuclei_d2.data.datasets.formats.readers import read_label_file
-from nuclei_d2.data.datasets.prepare import Listing, Record, hash_split
+from nuclei_d2.data.datasets.prepare import Listing, Record
 from nuclei_d2.data.datasets.sources import SourceFile, image_stem, list_files
+from nuclei_d2.data.datasets.splits import hash_split
 from nuclei_d2.utils.errors import NucleiError
 
 SPLIT_RULE = "official test set; val is the training images with int(sha256(id), 16) mod 10 = 1"
