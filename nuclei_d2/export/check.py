@@ -12,17 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from scipy.optimize import linear_sum_assignment
 from skimage.metrics import contingency_table
 
-from nuclei_d2.data.augmentation import build_augmentation
 from nuclei_d2.data.datasets.synthetic import SyntheticConfig, generate
-from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.evaluation.instances import layers_from_scored_masks
 from nuclei_d2.inference.predictor import NucleiPredictor
-from nuclei_d2.modeling import UNet
 from nuclei_d2.structures.cropped_mask import instances_to_masks
 from nuclei_d2.utils.errors import NucleiError
 
@@ -166,7 +162,7 @@ def compare(
     seconds = time.perf_counter() - start
     if "maps" in output:
         maps = output["maps"].numpy()
-        difference = float(np.abs(maps - _original_maps(image, cfg, predictor.model)).max())
+        difference = float(np.abs(maps - _original_maps(image, predictor)).max())
         exported = _label_image(predictor.model.decode(maps, size), cfg)
     else:
         exported = output["labels"].numpy()
@@ -184,11 +180,9 @@ def compare(
 
 
 @torch.no_grad()
-def _original_maps(image: np.ndarray, cfg: CfgNode, model: UNet) -> np.ndarray:
-    network_input = T.AugInput(ImageNormalizer(cfg)(image))
-    T.AugmentationList(build_augmentation(cfg, False))(network_input)
-    pixels = np.ascontiguousarray(network_input.image.transpose(2, 0, 1))
-    return model.predict_maps([{"image": torch.from_numpy(pixels)}])[0].cpu().numpy()
+def _original_maps(image: np.ndarray, predictor: NucleiPredictor) -> np.ndarray:
+    (maps,) = predictor.model.predict_maps([predictor.preprocess(image)])
+    return maps.cpu().numpy()
 
 
 def _label_image(instances: Instances, cfg: CfgNode) -> np.ndarray:

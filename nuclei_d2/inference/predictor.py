@@ -1,6 +1,7 @@
 """From an image to its nuclei with a trained model."""
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,9 +61,16 @@ class NucleiPredictor:
         """
         if not isinstance(image, np.ndarray):
             image = read_image(image)
+        return self.model([self.preprocess(image)])[0]["instances"].to("cpu")
+
+    def preprocess(self, image: np.ndarray) -> dict[str, Any]:
+        """An (H, W, 1 or 3) image of raw grey levels as the model takes it in a batch.
+
+        Returns:
+            "image" ((3, h, w) float32, 0..255), and "height" and "width" of the file.
+        """
         height, width = image.shape[:2]
         network_input = T.AugInput(self._normalize(image))
         self._augment(network_input)
         pixels = np.ascontiguousarray(network_input.image.transpose(2, 0, 1))
-        inputs = {"image": torch.from_numpy(pixels), "height": height, "width": width}
-        return self.model([inputs])[0]["instances"].to("cpu")
+        return {"image": torch.from_numpy(pixels), "height": height, "width": width}
