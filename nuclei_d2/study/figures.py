@@ -206,7 +206,7 @@ def _draw_ladder(ax: Axes, findings: Findings, name: str) -> None:
     steps = [test for test in task.test[1:] if findings.images(task, test)]
     shares = [100 * touching_share(findings.images(task, test)) for test in steps]
     for model in findings.models(task):
-        found = [findings.estimate(task, test, model, "accuracy") for test in steps]
+        found = [findings.estimate(task, test, model, "merges_and_splits") for test in steps]
         ax.plot(shares, [e.value for e in found], **_look(findings, model))
     ax.set_xlabel("touching nuclei, %, generated images")
-    ax.set_ylabel("TP / (TP + FP + FN), mean over IoU 0.5-0.9")
+    ax.set_ylabel("merges and splits, per 100 nuclei")

@@ -7,6 +7,7 @@ from string import Template
 
 from nuclei_d2.evaluation.bootstrap import sample_warning
 from nuclei_d2.study.collect import read_calibration
+from nuclei_d2.study.elsewhere import other_data
 from nuclei_d2.study.findings import Findings, touching_share
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
@@ -41,8 +42,10 @@ def render_paper(findings: Findings, study_file: str, page: Path, tables: Path) 
         figures=page.stem,
         table=_table(findings),
         tables=_link(page, tables),
-        ladder=" Right: accuracy on generated images, more and more crowded." if ladder else "",
-        elsewhere=_elsewhere(findings),
+        ladder=" Right: merges and splits in generated images, more and more crowded."
+        if ladder
+        else "",
+        elsewhere=other_data(findings),
         models=_models(findings),
         train=listed([f"`{name}`" for name in task.train]),
         val=task.val,
@@ -206,39 +209,6 @@ def _row(findings: Findings, task: Task, model: str) -> list[str]:
         number(found["splits"].value),
         number(findings.seconds_per_megapixel(task, model), 2),
         "" if parameters is None else number(parameters / 1e6),
-    ]
-
-
-def _elsewhere(findings: Findings) -> str:
-    """All test sets but the main one and the steps of ladders, which are drawn."""
-    rows = []
-    for task in findings.study.tasks.values():
-        for test in task.test[:1] if task.ladder else task.test:
-            if (task.name, test) != (findings.main.name, findings.main.test[0]):
-                models = findings.models(task)
-                rows += [_elsewhere_row(findings, task, test, model) for model in models]
-    if not rows:
-        return ""
-    header = ["trained on", "tested on", "model", "seeds"]
-    header += ["boundary AP, %", "TP / (TP + FP + FN)", "merges", "splits"]
-    return (
-        "## Other data\n\n"
-        "The same models trained on other sets, and tested on sets unlike those they were trained "
-        f"on. Where there is one seed, nothing is claimed.\n\n{markdown(header, rows)}"
-    )
-
-
-def _elsewhere_row(findings: Findings, task: Task, test: str, model: str) -> list[str]:
-    keys = ("boundary_ap", "accuracy", "merges", "splits")
-    boundary_ap, accuracy, *errors = (findings.estimate(task, test, model, key) for key in keys)
-    return [
-        task.title or task.name,
-        f"`{test}`",
-        findings.study.model_title(model),
-        str(findings.seeds(task, model)),
-        with_interval(boundary_ap, 1),
-        with_interval(accuracy, 3),
-        *(number(error.value) for error in errors),
     ]
 
 

@@ -11,7 +11,7 @@ from tiny import CONFIGS
 from nuclei_d2.evaluation.bootstrap import bootstrap_weights
 from nuclei_d2.study import statistics
 from nuclei_d2.study.collect import load_results
-from nuclei_d2.study.findings import Findings, pareto_front
+from nuclei_d2.study.findings import Findings, pareto_front, touching_share
 from nuclei_d2.study.plan import load_study
 from nuclei_d2.study.report import write_report
 from nuclei_d2.study.statistics import Estimate
@@ -255,7 +255,14 @@ def test_other_test_sets_get_a_table_and_ladders_a_panel(make_study, fabricate):
     assert "| a | `u` | mask_rcnn | 2 |" in page
     assert "| steps | `v` | mask_rcnn | 1 |" in page
     assert "`w`" not in page
-    assert "more and more crowded" in page
+    assert "Right: merges and splits in more and more crowded images" in page
+    ladder = page.partition("steps: merges and splits per 100 nuclei")[2]
+    runs = load_results(study)
+    (measured,) = (run.tests["w"] for run in runs if run.task == "steps")
+    assert f"| model | seeds | {100 * touching_share(measured):.0f} % touch |" in ladder
+    task = study.tasks["steps"]
+    errors = Findings(study, runs).estimate(task, "w", "mask_rcnn", "merges_and_splits")
+    assert f"| mask_rcnn | 1 | {errors.value:.1f} [{errors.low:.1f}, {errors.high:.1f}] |" in ladder
 
 
 def test_the_command_makes_the_best_model_again(make_study, fabricate):

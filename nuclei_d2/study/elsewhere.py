@@ -1,0 +1,61 @@
+"""The paper's section on other data: what was trained or tested on, besides the main question's."""
+
+from nuclei_d2.study.findings import Findings, touching_share
+from nuclei_d2.study.plan import Task
+from nuclei_d2.study.tables import markdown, number, with_interval
+
+
+def other_data(findings: Findings) -> str:
+    """A section on all test sets but the main one; empty without others."""
+    rows = []
+    for task in findings.study.tasks.values():
+        for test in task.test[:1] if task.ladder else task.test:
+            if (task.name, test) != (findings.main.name, findings.main.test[0]):
+                models = findings.models(task)
+                rows += [_row(findings, task, test, model) for model in models]
+    if not rows:
+        return ""
+    header = ["trained on", "tested on", "model", "seeds"]
+    header += ["boundary AP, %", "TP / (TP + FP + FN)", "merges", "splits"]
+    return (
+        "## Other data\n\n"
+        "The same models trained on other sets, and tested on sets unlike those they were trained "
+        f"on. Where there is one seed, nothing is claimed.\n\n{markdown(header, rows)}\n"
+        + "".join(_ladder(findings, task) for task in findings.study.tasks.values() if task.ladder)
+    )
+
+
+def _row(findings: Findings, task: Task, test: str, model: str) -> list[str]:
+    keys = ("boundary_ap", "accuracy", "merges", "splits")
+    boundary_ap, accuracy, *errors = (findings.estimate(task, test, model, key) for key in keys)
+    return [
+        task.title or task.name,
+        f"`{test}`",
+        findings.study.model_title(model),
+        str(findings.seeds(task, model)),
+        with_interval(boundary_ap, 1),
+        with_interval(accuracy, 3),
+        *(number(error.value) for error in errors),
+    ]
+
+
+def _ladder(findings: Findings, task: Task) -> str:
+    """How separation degrades, step by step; empty without results."""
+    steps = [test for test in task.test[1:] if findings.images(task, test)]
+    models = findings.models(task)
+    if not steps or not models:
+        return ""
+    shares = [touching_share(findings.images(task, test)) for test in steps]
+    rows = [
+        [findings.study.model_title(model), str(findings.seeds(task, model))]
+        + [
+            with_interval(findings.estimate(task, test, model, "merges_and_splits"), 1)
+            for test in steps
+        ]
+        for model in models
+    ]
+    header = ["model", "seeds", *(f"{100 * share:.0f} % touch" for share in shares)]
+    return (
+        f"\n{task.title or task.name}: merges and splits per 100 nuclei, by the share of the "
+        f"nuclei that touch another one.\n\n{markdown(header, rows)}\n"
+    )
