@@ -36,6 +36,7 @@ _CHOICES = {
         "WarmupCosineLR",
         "WarmupStepWithFixedGammaLR",
     ),
+    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
     "MODEL.RESNETS.NORM": _NORMS,
     "MODEL.FPN.NORM": _NORMS,
     "MODEL.UNET.NORM": _NORMS,
@@ -88,7 +89,7 @@ class _Range(NamedTuple):
         if len(numbers) != 1 + self.pair or not are_numbers or numbers != sorted(numbers):
             raise NucleiError(f"{key} is {numbers}; give [lowest, highest]{self._limits(', ')}")
         least = math.nextafter(self.low, math.inf) if self.above else self.low
-        if not all(least <= number <= self.high for number in numbers):
+        if not all(least <= number <= self.high and number < math.inf for number in numbers):
             raise NucleiError(f"{key} is {value}; give {self._numbers()}{self._limits(' ')}")
 
     def _numbers(self) -> str:
@@ -140,6 +141,7 @@ _RANGES = {
 
 def check_config(cfg: CfgNode) -> None:
     """Raise :class:`NucleiError` for a value that cannot be, saying which ones can."""
+    _check_empty(cfg, get_cfg())
     _check_unused(cfg)
     for key, choices in _CHOICES.items():
         check_choice(key, value_at(cfg, key), choices)
@@ -156,6 +158,16 @@ def check_config(cfg: CfgNode) -> None:
     for name, ends in cfg.INPUT.TRAINING_RANGES.items():
         if len(ends):
             _Range(pair=True, low=-math.inf).check(f"INPUT.TRAINING_RANGES.{name}", ends)
+
+
+def _check_empty(cfg: CfgNode, defaults: CfgNode | None, prefix: str = "") -> None:
+    """A key without a value, ``KEY:`` in YAML, is None."""
+    for name, value in cfg.items():
+        default = defaults.get(name, "") if defaults is not None else ""
+        if isinstance(value, CfgNode):
+            _check_empty(value, default or None, f"{prefix}{name}.")
+        elif value is None and default is not None:
+            raise NucleiError(f"{prefix}{name} is empty; give it a value, or leave it out")
 
 
 def _check_image_keys(cfg: CfgNode) -> None:

@@ -41,6 +41,11 @@ from nuclei_d2.utils.errors import NucleiError
         (["TEST.SCORE_THRESH_LABELS", "50"], "SCORE_THRESH_LABELS is 50.0; .* from 0 to 1"),
         (["TEST.SCORE_THRESH_LABELS", "1e999"], "SCORE_THRESH_LABELS is inf; .* from 0 to 1"),
         (["MODEL.CLASSICAL.LOCAL_SIZE", "0"], "LOCAL_SIZE is 0; give a number from 1"),
+        (["MODEL.RESNETS.DEPTH", "20"], "DEPTH is 20; valid: 18, 34, 50"),
+        (["INPUT.SCALE", "1e999"], "SCALE is inf; give a number above 0"),
+        (["INPUT.GAMMA", "None"], "INPUT.GAMMA is empty; give it a value, or leave it out"),
+        (["DATASETS.CUSTOM", "None"], "DATASETS.CUSTOM is empty"),
+        (["INPUT.TRAINING_RANGES.FOCUS", "None"], "TRAINING_RANGES.FOCUS is empty"),
         (["MODEL.UNET.DEPTH", "0"], "DEPTH is 0; give a number from 1"),
     ],
 )

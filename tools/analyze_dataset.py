@@ -28,7 +28,7 @@ from nuclei_d2.data.datasets.statistics import (
 )
 from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.utils.errors import NucleiError, run_tool
-from nuclei_d2.utils.files import atomic_path, jsonable, write_json
+from nuclei_d2.utils.files import atomic_path, check_writable, jsonable, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +58,8 @@ def main() -> None:
     scale = parse_scale(args.scale)
     if not args.target_diameter > 0:
         raise NucleiError(f"--target-diameter is {args.target_diameter}; it counts pixels, above 0")
+    for path in filter(None, (args.output, args.json)):
+        check_writable(path)
     measured = measure_datasets(args.datasets, args.config_file)
     statistics = {name: summarize(images) for name, images in measured.items()}
     print(statistics_table(statistics))

@@ -84,7 +84,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             raw = read_image(image)
-            truth = read_truth(labels, image, raw.shape[:2]) if labels else None
+            truth = read_truth(labels, image, raw.shape[:2]) if labels is not None else None
         except NucleiError as error:
             tqdm.write(f"error: {error}", file=sys.stderr)
             failed.append(str(image))
@@ -115,7 +115,10 @@ def find_labels(ground_truth: str, images: list[Path]) -> dict[str, Path]:
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if is_image_name(p)]
         among_images = any(image.parent.samefile(path) for image in images)
-        return labels_by_key(files, among_images)
+        labels = labels_by_key(files, among_images)
+        if not labels:
+            raise NucleiError(f"{path}: no label image; they end in _masks where images lie too")
+        return labels
     if len(images) > 1:
         raise NucleiError(f"--ground-truth {path} is no folder, and there are {len(images)} images")
     return {image_key(images[0]): path}

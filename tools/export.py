@@ -16,6 +16,7 @@ from nuclei_d2.config import load_config
 from nuclei_d2.data.image_io import read_image
 from nuclei_d2.export.build import export_model
 from nuclei_d2.utils.errors import run_tool
+from nuclei_d2.utils.files import check_writable
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,6 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_writable(args.output)
     cfg = load_config(args.config_file, args.opts)
     images = {path: read_image(path) for path in args.check_image}
     results = export_model(cfg, args.output, images)

@@ -120,6 +120,8 @@ def main() -> None:
     )
     images = find_images(args.input)
     formats = [name.strip() for name in args.formats.split(",") if name.strip()]
+    if not formats:
+        raise NucleiError(f"--formats is empty; choose from {', '.join(FORMATS)}")
     folder = FolderPrediction(cfg, options, images, Path(args.output), formats)
     if args.overwrite:
         if world_size > 1:

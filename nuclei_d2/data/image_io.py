@@ -70,9 +70,11 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
         (H, W) int32.
 
     Raises:
-        NucleiError: as :func:`read_image`, and for a colour image, negative values, values of
-            2^31 and more, and floats that are no integers.
+        NucleiError: as :func:`read_image`, and for a JPEG, a colour image, negative values, values
+            of 2^31 and more, and floats that are no integers.
     """
+    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        raise NucleiError(f"{path}: JPEG changes the numbers of labels; save them as PNG or TIFF")
     array = _read(path, as_grey_levels=False)
     if array.ndim == 3:
         raise NucleiError(f"{path}: a label image has one channel, this one is in colour")
@@ -184,8 +186,14 @@ def has_palette(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> boo
 def tiff_axes(series: tifffile.TiffPageSeries) -> str:
     """The axes of a TIFF's image, in which S stands for the samples of a pixel: two are grey and
     alpha, three are colours, a fourth is their alpha. Others are channels (C).
+
+    Raises:
+        NucleiError: the colours are those of print.
     """
     page = series.keyframe
+    is_print = page.photometric == tifffile.PHOTOMETRIC.SEPARATED
+    if is_print and page.tags.valueof("InkSet", 1) == 1:
+        raise NucleiError(f"{page.parent.filename}: has CMYK colours; save it as RGB")
     is_colour = page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
     has_alpha = page.samplesperpixel == 2 and page.extrasamples in _ALPHA
     if "C" in series.axes or is_colour or has_alpha:

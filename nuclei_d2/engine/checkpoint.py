@@ -14,6 +14,7 @@ from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path
 
 # What torch.load raises for a truncated file, a text file, a pickle with code in it.
+_HEURISTICS = "matching_heuristics"  # behind the ? of a path, for Detectron2's checkpointer
 _LOAD_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError)
 
 
@@ -69,7 +70,7 @@ class NucleiCheckpointer(DetectionCheckpointer):
         if not path:
             return super().load(path, checkpointables)
         local = self._local_path(path)
-        if not _is_pickle(local) and "matching_heuristics" not in path.partition("?")[2]:
+        if not _is_pickle(local) and _HEURISTICS not in path:
             self._check_any_match(path, read_weights(local))
         try:
             return super().load(path, checkpointables)
@@ -89,6 +90,10 @@ class NucleiCheckpointer(DetectionCheckpointer):
             return
         if not path:
             raise NucleiError("MODEL.WEIGHTS is empty: name the checkpoint to use")
+        if _HEURISTICS in path:
+            raise NucleiError(
+                f"{path}: names are matched for training only; leave out what follows ?"
+            )
         local = self._local_path(path)
         if not _is_pickle(local):
             self._check_all_match(path, read_weights(local))

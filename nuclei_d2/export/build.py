@@ -56,12 +56,20 @@ def export_model(
     files = {METADATA_FILE: json.dumps(metadata(cfg), indent=2), CONFIG_FILE: cfg.dump()}
     with atomic_path(path) as temporary:
         with _quiet_tracing():
-            torch.jit.save(package, str(temporary), _extra_files=files)
+            _save(package, temporary, files)
         results = check_package(temporary, cfg, predictor, {**check_images(), **(images or {})})
         wrong = [result for result in results if not result.is_close]
         if wrong:
             raise NucleiError(f"{path} is not written: {_complaint(wrong[0])}")
     return results
+
+
+def _save(package: torch.jit.ScriptModule, path: Path, files: dict[str, str]) -> None:
+    """``torch.jit.save`` that reports a full disk as the OSError it is."""
+    try:
+        torch.jit.save(package, str(path), _extra_files=files)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _complaint(result: Agreement) -> str:

@@ -38,7 +38,7 @@ _FOLDERS = ("records", "failures", "claims", "work", _THUMBNAILS)
 # What clear removes besides the results: files by pattern, and then the folders if they are empty.
 _FILES = (
     *("records/*.json", "failures/*.json", "claims/*.[0-9]*"),
-    *("work/*/**/*tile_*.npz", "work/*/*/*scale.json", "work/*/outputs/*"),
+    *("work/*/**/*tile_*.npz", "work/*/*/*scale*.json", "work/*/outputs/*"),
     *("summary.json", "report.html", TABLE),
 )
 _EMPTIED = ("work/*/*", "work/*", *_FOLDERS)

@@ -23,6 +23,7 @@ from nuclei_d2.utils.errors import NucleiError
 # but those at which the whole image would be smaller than LEAST_VIEW diameters.
 VIEW, LEAST_VIEW = 12.5, 3.0
 FACTORS = tuple(2 ** (half_octaves / 2) for half_octaves in range(-6, 5))  # 1/8 to 4
+MOST_GIVEN = 64  # times larger or smaller, by what the user gives
 # Standard deviation of the logarithm of the diameters that are taken for usual: wider than one
 # image's, so that what the model finds decides, unless it is pieces of nuclei, or clumps.
 _SPREAD = 0.6
@@ -125,10 +126,12 @@ def choose_scale(
     if diameter not in (None, "auto"):
         diameter = _positive("--diameter", diameter)
         factor = _known(model_diameter, "--diameter", "INPUT.NUCLEUS_DIAMETER") / diameter
+        _check_factor(factor, "--diameter")
         reason = f"nuclei of {diameter:.3g} px as given, the model's have {model_diameter:.3g} px"
     elif pixel_size is not None:
         pixel_size = _positive("--pixel-size", pixel_size)
         factor = pixel_size / _known(model_pixel, "--pixel-size", "INPUT.PIXEL_SIZE")
+        _check_factor(factor, "--pixel-size")
         reason = f"{pixel_size:.3g} um/px as given, the model's {model_pixel:.3g}"
     elif diameter is None and source.pixel_size and model_pixel > 0:
         factor = source.pixel_size / model_pixel
@@ -155,6 +158,14 @@ def _positive(option: str, value: float | str) -> float:
     if not 0 < number < math.inf:
         raise NucleiError(f"{option} is {value!r}; it is a number above 0, or auto for --diameter")
     return number
+
+
+def _check_factor(factor: float, option: str) -> None:
+    if not 1 / MOST_GIVEN <= factor <= MOST_GIVEN:
+        raise NucleiError(
+            f"{option} would scale the image by {factor:.3g}; a diameter is in pixels, a pixel's "
+            "size in micrometres"
+        )
 
 
 def _known(value: float, option: str, key: str) -> float:

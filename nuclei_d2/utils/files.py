@@ -11,6 +11,8 @@ from typing import Any
 
 from nuclei_d2.utils.errors import NucleiError
 
+_LONGEST_NAME = 255  # bytes, on common file systems
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
@@ -26,8 +28,9 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
         NucleiError: the file cannot be written (disk full, no permission), named with the cause.
     """
     path = Path(path)
-    # Not the process's number: those of several machines or containers may be the same.
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    if not path.name:
+        raise NucleiError(f"cannot write {path}: it is a folder")
+    temporary = path.with_name(_temporary_name(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -39,6 +42,13 @@ def atomic_path(path: str | os.PathLike, durable: bool = False) -> Iterator[Path
     finally:
         with suppress(OSError):  # it may never have come to be
             temporary.unlink()
+
+
+def _temporary_name(path: Path) -> str:
+    """One that no other process has: not by its number, which other machines may have, too."""
+    end = f".{secrets.token_hex(8)}.tmp{path.suffix}"
+    stem = os.fsencode(path.stem)[: _LONGEST_NAME - 1 - len(os.fsencode(end))]
+    return f".{stem.decode(errors='ignore')}{end}"
 
 
 def flush(path: Path) -> None:

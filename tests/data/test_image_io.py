@@ -165,7 +165,6 @@ def test_float_tiff_without_a_number(tmp_path, bad):
         # Four values of a pixel, of which the last one is no alpha.
         ((20, 30, 4), {"photometric": "minisblack", "planarconfig": "contig"}),
         ((20, 30, 4), {"photometric": "minisblack", "metadata": {"axes": "YXC"}}),
-        ((20, 30, 4), {"photometric": "separated", "extrasamples": []}),
     ],
 )
 def test_stacks_are_refused(tmp_path, shape, options):
@@ -254,3 +253,15 @@ def test_refused_labels(tmp_path, values, message):
     options = {"photometric": "rgb"} if values.ndim == 3 else {}
     with pytest.raises(NucleiError, match=rf"a\.tif: .*{message}"):
         read_label(write(tmp_path / "a.tif", values, **options))
+
+
+def test_a_jpeg_holds_no_labels(tmp_path):
+    Image.fromarray(np.eye(16, dtype=np.uint8)).save(tmp_path / "a.jpg")
+    with pytest.raises(NucleiError, match=r"a\.jpg: JPEG changes the numbers of labels"):
+        read_label(tmp_path / "a.jpg")
+
+
+def test_colours_of_print_are_refused(tmp_path):
+    Image.new("CMYK", (8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(NucleiError, match=r"a\.tif: has CMYK colours; save it as RGB"):
+        read_image(tmp_path / "a.tif")

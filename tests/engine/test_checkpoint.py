@@ -157,4 +157,6 @@ def test_names_of_tensors_are_matched_by_heuristics_on_demand(tmp_path):
     with pytest.raises(NucleiError, match="holds no tensor of this model"):
         NucleiCheckpointer(other, "").load(address)
     NucleiCheckpointer(other, "").load(f"{address}?matching_heuristics=True")
+    with pytest.raises(NucleiError, match="for training only; leave out"):
+        NucleiCheckpointer(other, "").load_exactly(f"{address}?matching_heuristics=True")
     assert torch.equal(other["stem"].weight, net.weight)

@@ -241,7 +241,11 @@ def test_overwrite_removes_what_was_written_and_nothing_else(images, tmp_path):
     for path in notes:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    (tmp_path / "out" / "records" / ".a.1.tmp.json").write_text("{")  # of a killed process
+    tiles = tmp_path / "out" / "work" / "a" / "0123"
+    tiles.mkdir(parents=True)
+    for half in (tmp_path / "out/records/.a.1.tmp.json", tiles / ".scale.1.tmp.json"):
+        half.write_text("{")  # of a killed process
+    (tiles / "scale.json").write_text("{}")
     folder = prediction(images[:1], tmp_path, formats=("labels",), tta=True)
     folder.clear()
     left = sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file())

@@ -102,6 +102,12 @@ def test_pixel_size_sets_the_factor():
     assert choice.explanation == "factor 0.5: 0.25 um/px as given, the model's 0.5"
 
 
+@pytest.mark.parametrize("given", [{"diameter": 1e-4}, {"pixel_size": 325}, {"diameter": 2e4}])
+def test_a_mistaken_unit_is_refused(given):
+    with pytest.raises(NucleiError, match=r"would scale the image by .* in pixels, .* microm"):
+        choose_scale(Image((9, 9)), config(pixel_size=0.5), never, **given)
+
+
 def test_pixel_size_of_the_file_is_used_where_the_models_is_known():
     image = Image((9, 9), pixel_size=0.65)
     choice = choose_scale(image, config(pixel_size=0.325), never)

@@ -190,3 +190,13 @@ def test_who_was_only_away_leaves_the_next_ones_claim_alone(tmp_path):
         with shared.claim("a") as again:
             assert not again
     assert not claim.exists()
+
+
+def test_another_ones_claim_is_not_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "HEARTBEAT", 0.02)
+    claim = tmp_path / "claims" / "a.0"
+    with SharedWork(tmp_path).claim("a"):
+        claim.write_text("elsewhere 1 token")
+        os.utime(claim, (1, 1))
+        time.sleep(0.3)
+        assert claim.stat().st_mtime == 1

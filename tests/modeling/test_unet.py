@@ -249,6 +249,8 @@ def test_a_backbone_that_does_not_fit_is_one_line():
     cfg = load_config("", ["MODEL.BACKBONE.NAME", "build_unet_encoder", "MODEL.DEVICE", "cpu"])
     with pytest.raises(NucleiError, match=r"build_unet_encoder makes no features 'res4'.*configs/"):
         build_model(cfg)
+    with pytest.raises(NucleiError, match=r"UNet cannot be built with .* build_resnet_fpn"):
+        build("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
 
 
 def test_the_network_of_the_paper_has_its_channels_and_strides():

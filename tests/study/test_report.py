@@ -255,7 +255,7 @@ def test_other_test_sets_get_a_table_and_ladders_a_panel(make_study, fabricate):
     assert "| a | `u` | mask_rcnn | 2 |" in page
     assert "| steps | `v` | mask_rcnn | 1 |" in page
     assert "`w`" not in page
-    assert "Right: merges and splits in more and more crowded images" in page
+    assert "Right: merges and splits in generated images, more and more crowded" in page
     ladder = page.partition("steps: merges and splits per 100 nuclei")[2]
     runs = load_results(study)
     (measured,) = (run.tests["w"] for run in runs if run.task == "steps")

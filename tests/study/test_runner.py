@@ -116,6 +116,23 @@ def test_a_budget_is_calibrated_once_for_each_model(make_runner, calls):
         other.run_all(runs)
 
 
+def test_a_calibration_holds_both_locks(make_runner, monkeypatch):
+    """They are the child's, too: it may outlive this process."""
+    runner = make_runner(budget=5)
+    run, held = runner.study.runs()[1], []
+
+    def call(words, folder, stage, *locks):
+        if stage == "calibrate":
+            held.extend(os.fstat(lock).st_ino for lock in locks)
+        return real(words, folder, stage, *locks)
+
+    real = runner._call
+    monkeypatch.setattr(runner, "_call", call)
+    assert runner.run_all([run]) == []
+    folders = (runner.folder(run), runner.folder(run).parent / "calibration")
+    assert held == [(folder / "lock").stat().st_ino for folder in folders]
+
+
 def test_models_of_one_network_get_the_same_number_of_steps(make_runner, calls):
     unet = str(CONFIGS / "cpu" / "unet_boundary.yaml")
     thick = {"config": unet, "options": {"MODEL.UNET.BOUNDARY": "thick"}, "steps_of": "unet"}

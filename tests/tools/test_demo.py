@@ -119,6 +119,7 @@ def test_panel_with_ground_truth_and_boundaries(model, tmp_path):
         (["--input", "{in}/a.png", "--output", "{in}/a.png"], "is a file"),
         (["--input", "{in}/a.png", "--confidence-threshold", "50"], "lies in 0 to 1"),
         (["--input", "{in}/*.png", "--ground-truth", "{in}/a.png"], "there are 2 images"),
+        (["--input", "{in}/*.png", "--ground-truth", "{in}"], "no label image; they end in _masks"),
         (["--input", "{in}/a.png", "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
         (["--input", "{in}/a.png", "--opts", "MODEL.WIEGHTS", "x"], "MODEL.WEIGHTS"),
     ],

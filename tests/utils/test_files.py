@@ -58,9 +58,18 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
         with atomic_path(path) as second:
             second.write_text("second")
         assert path.read_text() == "second"
+        assert first.read_text() == "half of"
         first.write_text("first")
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stem", ["a" * 251, "\u00e9" * 125])
+def test_a_file_may_have_the_longest_name(tmp_path, stem):
+    with atomic_path(tmp_path / f"{stem}.tif") as temporary:
+        temporary.write_text("x")
+        assert temporary.suffix == ".tif"
+    assert [path.stem for path in tmp_path.iterdir()] == [stem]
 
 
 def test_the_temporary_file_keeps_the_suffix(tmp_path):

@@ -11,6 +11,10 @@ from tabulate import tabulate
 
 from nuclei_d2.data.datasets.splits import SPLITS
 
+# Reasons to drop a mask, and to note one that is kept.
+EMPTY, DUPLICATE, HIDDEN = "empty", "duplicate", "wholly hidden"
+FRAGMENTS, OVERLAPPING = "disconnected fragments", "overlapping"
+
 
 @dataclass
 class PreparedImage:
@@ -83,6 +87,11 @@ def accounting_table(report: dict[str, Any]) -> str:
     lines = [splits, "", masks, ""]
     if report["skipped"]:
         lines.append(f"{len(report['skipped'])} files left out, listed in preparation.json")
+    if report["masks_kept"] == report["masks_noted"].get(FRAGMENTS) == report["images"]:
+        lines.append(
+            "every image has one nucleus, in pieces: are the labels binary masks? Number the "
+            "nuclei first (skimage.measure.label), and prepare again"
+        )
     empty = [split for split in SPLITS if split not in report["splits"]]
     if empty:
         lines.append(f"no image in {', '.join(empty)}: leave it out of the config, e.g. VAL: []")

@@ -24,6 +24,11 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from nuclei_d2.data.datasets.accounting import (
+    DUPLICATE,
+    EMPTY,
+    FRAGMENTS,
+    HIDDEN,
+    OVERLAPPING,
     PreparedImage,
     account,
     accounting_table,
@@ -41,9 +46,6 @@ from nuclei_d2.utils.hardware import usable_cores
 T = TypeVar("T")
 
 MODALITIES = ("fluorescence", "histology", "brightfield")
-# Reasons to drop a mask, and to note one that is kept.
-EMPTY, DUPLICATE, HIDDEN = "empty", "duplicate", "wholly hidden"
-FRAGMENTS, OVERLAPPING = "disconnected fragments", "overlapping"
 
 _FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)
 _EIGHT_CONNECTED = np.ones((3, 3), int)

@@ -23,9 +23,24 @@ def build_model(cfg: CfgNode) -> torch.nn.Module:
     try:
         model = modeling.build_model(cfg)
     except KeyError as error:
+        if error.args[0] not in _taken_features(cfg):
+            raise
         raise NucleiError(
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} makes no features {error.args[0]!r}, "
             f"which MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} is to take; begin with a "
             "config from configs/, or change the keys IN_FEATURES, too"
         ) from error
+    except AssertionError as error:  # Detectron2's way of refusing a config
+        reason = " ".join(str(error).split()) or "an assertion of Detectron2 failed"
+        raise NucleiError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot be built with "
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} and the keys that belong to them "
+            f"({reason}); begin with a config from configs/"
+        ) from error
     return model.to(memory_format=torch.channels_last)
+
+
+def _taken_features(cfg: CfgNode) -> set[str]:
+    """Names of features that other parts take from the backbone."""
+    parts = (cfg.MODEL.FPN, cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_MASK_HEAD.BOUNDARY)
+    return {name for part in parts for name in part.IN_FEATURES}

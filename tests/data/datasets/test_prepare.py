@@ -173,6 +173,14 @@ def test_labels_follow_the_annotations_and_the_accounting_adds_up(tmp_path):
     assert "no image in test" in table
 
 
+def test_binary_masks_are_suspected(tmp_path):
+    whole, pieces = ["xx.. xx.."], ["x..x ...."]
+    for name, pictures, suspected in (("a", pieces, True), ("b", whole, False)):
+        records = [record(tmp_path / name, f"i{k}", pictures) for k in range(2)]
+        report = prepare(Listing(records), name, root=tmp_path, workers=1, progress=False)
+        assert ("are the labels binary masks?" in accounting_table(report)) == suspected
+
+
 def test_second_run_and_other_worker_counts_give_the_same_bytes(tmp_path):
     records = [record(tmp_path / "in", f"i{k}", ["x... ....", ".x.. ...."]) for k in range(6)]
     for root, workers in (("one", 1), ("two", 2)):
