@@ -14,6 +14,7 @@ from nuclei_d2.engine.trainer import (
     evaluate,
     evaluate_and_save,
 )
+from nuclei_d2.evaluation.scores import ERRORS
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -82,7 +83,9 @@ def test_what_is_measured_can_choose_the_best_checkpoint(tiny_data, tmp_path, co
     cfg = tiny_setup(tmp_path, "MODEL.UNET.WIDTH", "4", config=config)
     results, _ = evaluate(cfg, NucleiTrainer.build_model(cfg), ["tiny_val"])
     measured = {f"{task}/{name}" for task, values in results["tiny_val"].items() for name in values}
-    assert measured == set(best_metrics(cfg))
+    less_is_better = {f"nuclei/errors_{name}" for name in ERRORS} | {"nuclei/boundary_hd95"}
+    assert less_is_better < measured
+    assert measured - less_is_better == set(best_metrics(cfg))
 
 
 def test_two_runs_with_one_seed_are_identical(tiny_data, tmp_path):

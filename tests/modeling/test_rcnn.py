@@ -114,7 +114,7 @@ def test_batch_without_nuclei(build, training_input):
 
 
 def test_image_without_detections(build, training_input):
-    model = build("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.1).eval()
+    model = build("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0).eval()
     with torch.no_grad():
         found = model([training_input(0)])[0]["instances"]
     assert len(found) == 0
