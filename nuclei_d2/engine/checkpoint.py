@@ -14,7 +14,7 @@ from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import atomic_path
 
 # What torch.load raises for a truncated file, a text file, a pickle with code in it.
-_HEURISTICS = "matching_heuristics"  # behind the ? of a path, for Detectron2's checkpointer
+_HEURISTICS = "?matching_heuristics="  # at the end of a path, for Detectron2's checkpointer
 _LOAD_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError)
 
 

@@ -23,7 +23,7 @@ from nuclei_d2.utils.errors import NucleiError
 # but those at which the whole image would be smaller than LEAST_VIEW diameters.
 VIEW, LEAST_VIEW = 12.5, 3.0
 FACTORS = tuple(2 ** (half_octaves / 2) for half_octaves in range(-6, 5))  # 1/8 to 4
-MOST_GIVEN = 64  # times larger or smaller, by what the user gives
+_MOST_GIVEN = 64  # times larger or smaller, by what the user gives
 # Standard deviation of the logarithm of the diameters that are taken for usual: wider than one
 # image's, so that what the model finds decides, unless it is pieces of nuclei, or clumps.
 _SPREAD = 0.6
@@ -161,7 +161,7 @@ def _positive(option: str, value: float | str) -> float:
 
 
 def _check_factor(factor: float, option: str) -> None:
-    if not 1 / MOST_GIVEN <= factor <= MOST_GIVEN:
+    if not 1 / _MOST_GIVEN <= factor <= _MOST_GIVEN:
         raise NucleiError(
             f"{option} would scale the image by {factor:.3g}; a diameter is in pixels, a pixel's "
             "size in micrometres"

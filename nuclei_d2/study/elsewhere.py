@@ -1,6 +1,6 @@
 """The paper's section on other data: what was trained or tested on, besides the main question's."""
 
-from nuclei_d2.study.findings import Findings, touching_share
+from nuclei_d2.study.findings import Findings
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.tables import markdown, number, with_interval
 
@@ -41,11 +41,9 @@ def _row(findings: Findings, task: Task, test: str, model: str) -> list[str]:
 
 def _ladder(findings: Findings, task: Task) -> str:
     """How separation degrades, step by step; empty without results."""
-    steps = [test for test in task.test[1:] if findings.images(task, test)]
-    models = findings.models(task)
+    steps, models = findings.steps(task), findings.models(task)
     if not steps or not models:
         return ""
-    shares = [touching_share(findings.images(task, test)) for test in steps]
     rows = [
         [findings.study.model_title(model), str(findings.seeds(task, model))]
         + [
@@ -54,7 +52,7 @@ def _ladder(findings: Findings, task: Task) -> str:
         ]
         for model in models
     ]
-    header = ["model", "seeds", *(f"{100 * share:.0f} % touch" for share in shares)]
+    header = ["model", "seeds", *(f"{100 * share:.0f} % touch" for share in steps.values())]
     return (
         f"\n{task.title or task.name}: merges and splits per 100 nuclei, by the share of the "
         f"nuclei that touch another one.\n\n{markdown(header, rows)}\n"

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import SIZE_NAMES
-from nuclei_d2.study.findings import Findings, pareto_front, touching_share
+from nuclei_d2.study.findings import Findings, pareto_front
 from nuclei_d2.study.statistics import Estimate, estimate
 from nuclei_d2.study.tables import TOUCHING_NAMES
 from nuclei_d2.utils.files import atomic_path
@@ -203,8 +203,8 @@ def _ladders(findings: Findings) -> list[Callable[[Axes, Findings], None]]:
 
 def _draw_ladder(ax: Axes, findings: Findings, name: str) -> None:
     task = findings.study.tasks[name]
-    steps = [test for test in task.test[1:] if findings.images(task, test)]
-    shares = [100 * touching_share(findings.images(task, test)) for test in steps]
+    steps = findings.steps(task)
+    shares = [100 * share for share in steps.values()]
     for model in findings.models(task):
         found = [findings.estimate(task, test, model, "merges_and_splits") for test in steps]
         ax.plot(shares, [e.value for e in found], **_look(findings, model))

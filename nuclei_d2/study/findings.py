@@ -198,6 +198,11 @@ class Findings:
             for rows in points
         ]
 
+    def steps(self, task: Task) -> dict[str, float]:
+        """The measured test sets of a ladder, with the share of their nuclei that touch another."""
+        measured = {test: self.images(task, test) for test in task.test[1:]}
+        return {test: touching_share(images) for test, images in measured.items() if images}
+
 
 def touching_share(measured: Measured) -> float:
     """Share of the nuclei of a test set that touch another one."""
