@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nuclei_d2.evaluation.efficiency import device_name
 from nuclei_d2.study.collect import calibration_file, collect_run, read_calibration, read_json
 from nuclei_d2.study.datasets import annotation_file
 from nuclei_d2.study.plan import Run, Study, changed_setting, load_run_config, settings
@@ -78,6 +79,7 @@ class Runner:
         self._thread = threading.local()  # of the pool; ``number`` from 0
         self._calibrating = defaultdict(threading.Lock)
         self._processes: set[subprocess.Popen] = set()
+        self._say: Callable[[str], None] = tqdm.write
         self._stopped = False
 
     def folder(self, run: Run) -> Path:
@@ -111,7 +113,7 @@ class Runner:
 
         Args:
             runs: in this order.
-            say: takes a line about each run that ends.
+            say: takes a line about each run that ends, or of warning.
 
         Returns:
             The runs that failed; the others went on.
@@ -119,7 +121,7 @@ class Runner:
         todo = [run for run in runs if self.state(run) != "done"]
         done = len(runs) - len(todo)
         failed = []
-        self._stopped = False
+        self._stopped, self._say = False, say
         futures: dict[Future, Run] = {}
         pool = ThreadPoolExecutor(self._jobs, "run", self._number_thread, (itertools.count(),))
         with pool:
@@ -297,7 +299,7 @@ class Runner:
         return schedule
 
     def _hardware(self, run: Run) -> dict[str, Any]:
-        """What the time of a step depends on, as far as this program knows."""
+        """What the time of a step depends on and the user can choose."""
         threads = int(self._environment["OMP_NUM_THREADS"])
         device = torch.device(run.cfg.MODEL.DEVICE).type
         if device != "cuda":
@@ -306,7 +308,12 @@ class Runner:
         return {"threads": threads, "device": device, "jobs_per_gpu": sharing}
 
     def _check_hardware(self, path: Path, run: Run) -> None:
-        then = read_json(path)
+        then, processor = read_json(path), device_name(torch.device(run.cfg.MODEL.DEVICE))
+        if then.get("processor", processor) != processor:  # which a cluster may hand out by chance
+            self._say(
+                f"{run.key}: gets as many steps as fit the time on {then['processor']}; on "
+                f"{processor} they may take longer, or shorter"
+            )
         for key, now in self._hardware(run).items():
             if then[key] != now:
                 raise NucleiError(
@@ -325,6 +332,7 @@ class Runner:
             "seconds_per_iteration": seconds_per_iteration(read_metrics(folder / "metrics.json")),
             "iterations": CALIBRATION_ITERATIONS,
             "jobs": self._jobs,
+            "processor": device_name(torch.device(run.cfg.MODEL.DEVICE)),
             **self._hardware(run),
         }
         for checkpoint in folder.glob("*.pth"):

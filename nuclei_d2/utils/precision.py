@@ -13,7 +13,9 @@ _AMPERE = (8, 0)  # compute capability of the first NVIDIA GPUs with bfloat16 (C
 
 
 def has_bfloat16(device: torch.device, key: str) -> bool:
-    """Whether bfloat16 is faster than float32 there; devices without its instructions emulate it.
+    """Whether bfloat16 is faster than float32 there.
+
+    Devices without its instructions emulate it; CPUs need AMX to gain from it.
 
     Args:
         device: one that is there.
@@ -21,12 +23,12 @@ def has_bfloat16(device: torch.device, key: str) -> bool:
     """
     fast = True
     if device.type == "cpu":
-        fast = bfloat16_support().startswith(("fast", "yes"))
+        fast = bfloat16_support().startswith("fast")
     elif device.type == "cuda" and torch.version.cuda:  # not AMD's
         fast = torch.cuda.get_device_capability(device) >= _AMPERE
     if not fast:
         name = {"cpu": "CPU", "cuda": "GPU"}[device.type]
-        words = "this %s only emulates bfloat16: %s is passed over, float32 is used"
+        words = "bfloat16 is not faster than float32 on this %s: %s is passed over"
         _logger.warning(words, name, key)
     return fast
 

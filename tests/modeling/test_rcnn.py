@@ -66,7 +66,7 @@ def test_train_and_predict(build, training_input, roi_heads, mask_head, autocast
 @pytest.mark.parametrize("mask_head", MASK_HEADS)
 @pytest.mark.parametrize("roi_heads", ROI_HEADS)
 def test_inference_in_bfloat16(build, training_input, monkeypatch, roi_heads, mask_head):
-    monkeypatch.setattr("nuclei_d2.utils.precision.bfloat16_support", lambda: "yes")
+    monkeypatch.setattr("nuclei_d2.utils.precision.bfloat16_support", lambda: "fast")
     inputs, opts = [training_input(9)], [*ROI_HEADS[roi_heads], *MASK_HEADS[mask_head]]
     seen = []
     for enabled in ("False", "True"):

@@ -91,7 +91,7 @@ def test_train_and_predict(target, encoder, autocast):
 @pytest.mark.parametrize("encoder", [(), RESNET], ids=["plain", "resnet"])
 @by_target
 def test_inference_in_bfloat16(target, encoder, monkeypatch):
-    monkeypatch.setattr("nuclei_d2.utils.precision.bfloat16_support", lambda: "yes")
+    monkeypatch.setattr("nuclei_d2.utils.precision.bfloat16_support", lambda: "fast")
     model = build(*TARGETS[target], *encoder).eval()
     mixed = build(*TARGETS[target], *encoder, "TEST.AMP.ENABLED", "True").eval()
     inputs = [{"image": two_squares()[0]}]

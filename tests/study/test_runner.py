@@ -14,6 +14,7 @@ import pytest
 from tiny import CONFIGS
 
 from nuclei_d2.utils.errors import NucleiError
+from nuclei_d2.utils.hardware import cpu_name
 
 
 def stages(calls, key):
@@ -160,6 +161,22 @@ def test_a_calibration_holds_for_its_threads_and_device(make_runner):
         said = []
         assert runner.run_all([run], said.append) == [run]
         assert words in said[0]
+
+
+def test_a_calibration_of_another_computer_holds_with_a_warning(make_runner):
+    runner = make_runner(budget=5)
+    run = runner.study.runs()[1]
+    assert runner.run_all([run]) == []
+    (path,) = runner.study.results_dir.glob("a/unet/calibration.json")
+    measured = read(path)
+    assert measured["processor"] == cpu_name()
+    older = {key: value for key, value in measured.items() if key != "processor"}
+    for content, warned in (({**measured, "processor": "Abacus"}, True), (older, False)):
+        (runner.results_folder(run) / "run.json").unlink()
+        path.write_text(json.dumps(content))
+        said = []
+        assert runner.run_all([run], said.append) == []
+        assert any("fit the time on Abacus" in line for line in said) is warned
 
 
 def test_several_at_a_time_share_the_cores(make_runner, calls):

@@ -12,11 +12,20 @@ def test_the_cpu_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "name"),
+    [("fpu amx_bf16 avx512_bf16", "Xeon, AMX"), ("avx512_bf16", "Xeon, AVX-512 BF16")],
+)
+def test_cpus_of_one_name_are_told_apart_by_their_instructions(tmp_path, flags, name):
+    (tmp_path / "cpuinfo").write_text(f"model name : Xeon\nflags : {flags}\n")
+    assert cpu_name(tmp_path / "cpuinfo") == name
+
+
+@pytest.mark.parametrize(
     ("flags", "answer"),
     [
         ("fpu amx_bf16 avx512_bf16", "fast (AMX)"),
-        ("fpu avx512_bf16", "yes (AVX-512)"),
-        ("fpu avx2", "emulated (slow)"),
+        ("fpu avx512_bf16", "slow (AVX-512 BF16)"),
+        ("fpu avx2", "slow (emulated)"),
     ],
 )
 def test_bfloat16_by_the_cpu_flags(tmp_path, flags, answer):
