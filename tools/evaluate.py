@@ -5,9 +5,9 @@ tools/evaluate.py --ground-truth labels --predictions my_labels --output metrics
 tools/evaluate.py --ground-truth dsb2018_test.json --predictions results_a.json results_b.json \
   --report report.html
 
-Ground truth and predictions: folders of label images (PNG or TIFF, matched by name), DSB 2018
-folders (<image>/masks/*.png), or COCO JSON; predictions also COCO results with scores. What each
-number means is in docs/metrics.md.
+Ground truth and predictions: a label image (PNG or TIFF) or a folder of them, matched by name, a
+DSB 2018 folder (<image>/masks/*.png), or COCO JSON; predictions also COCO results with scores. What
+each number means is in docs/metrics.md.
 """
 
 import argparse

@@ -76,12 +76,14 @@ class Predictions:
 
 
 def open_ground_truth(path: str | os.PathLike) -> GroundTruth:
-    """Open a folder of label images, a DSB 2018 folder, or COCO instance JSON.
+    """Open a label image, a folder of them, a DSB 2018 folder, or COCO instance JSON.
 
     Raises:
         NucleiError: it is none of them, or its JSON is broken.
     """
     path = Path(path)
+    if _is_label_image(path):
+        return GroundTruth(str(path), _label_images([path]), {})
     if path.is_file():
         if isinstance(_load_json(path), list):
             raise NucleiError(f"{path}: COCO results are predictions; ground truth lists images")
@@ -94,13 +96,18 @@ def open_predictions(path: str | os.PathLike, truth: GroundTruth) -> Predictions
 
     Besides what ground truth may be, COCO results: a JSON list of image_id, category_id,
     segmentation and score. Their image_id is that of the COCO ground truth, or else the image's
-    name. An image without results has no predictions; a label image must be there.
+    name. An image without results has no predictions; a label image must be there. One label image
+    belongs to one image of ground truth, whatever their names.
 
     Raises:
         NucleiError: also for images that only one of the two has, or unknown ids.
     """
     path = Path(path)
-    if path.is_file():
+    if _is_label_image(path):
+        images = _label_images([path])
+        if len(truth.images) == 1:
+            images = dict(zip(truth.images, images.values(), strict=True))
+    elif path.is_file():
         content = _load_json(path)
         if isinstance(content, list):
             return _open_results(path, content, truth)
@@ -117,7 +124,10 @@ def _load_json(path: Path) -> Any:
     except OSError as error:
         raise NucleiError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise NucleiError(f"{path}: broken JSON ({error}); give a folder or a JSON file") from error
+        raise NucleiError(
+            f"{path}: broken JSON ({error}); give a JSON file, a folder, or a label image "
+            f"({', '.join(_LABEL_SUFFIXES)})"
+        ) from error
 
 
 def _check_names(path: Path, images: Iterable[str], truth: GroundTruth) -> None:
@@ -133,13 +143,18 @@ def _check_names(path: Path, images: Iterable[str], truth: GroundTruth) -> None:
             )
 
 
-# ------------------------------------------------------------------------------ folders
+# ----------------------------------------------------------------- label images, folders
+
+
+def _is_label_image(path: Path) -> bool:
+    return path.suffix.lower() in _LABEL_SUFFIXES and path.is_file()
 
 
 def _open_folder(path: Path) -> dict[str, ImageSource]:
     if not path.is_dir():
         raise NucleiError(f"no file or folder {path}")
-    images = _label_images(path)
+    files = sorted(path.iterdir())
+    images = _label_images([file for file in files if _is_label_image(file)])
     if not images:
         images = _mask_folders(path)
     if not images:
@@ -149,12 +164,8 @@ def _open_folder(path: Path) -> dict[str, ImageSource]:
     return images
 
 
-def _label_images(folder: Path) -> dict[str, ImageSource]:
-    files = [
-        file
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in _LABEL_SUFFIXES and not file.name.startswith(".")
-    ]
+def _label_images(files: Iterable[Path]) -> dict[str, ImageSource]:
+    files = [file for file in files if not file.name.startswith(".")]
     # Cellpose puts its masks beside the images, tools/predict.py other results beside its labels.
     files = [file for file in files if file.stem.endswith(LABEL_ENDINGS)] or files
     images: dict[str, ImageSource] = {}

@@ -46,6 +46,24 @@ def test_the_output_folder_of_a_prediction_is_one_of_label_images(tmp_path):
     assert np.array_equal(found.images["a"].read().labels[0], labels)
 
 
+def test_one_label_image_belongs_to_one_image_whatever_their_names(tmp_path):
+    labels = np.array([[0, 1, 1], [2, 0, 0]], np.uint16)
+    for name in ("mine.png", "theirs_masks.tif"):
+        Image.fromarray(labels).save(tmp_path / name)
+    truth = open_ground_truth(tmp_path / "mine.png")
+    found = open_predictions(tmp_path / "theirs_masks.tif", truth)
+    assert list(truth.images) == list(found.images) == ["mine"]
+    assert np.array_equal(found.images["mine"].read().labels[0], labels)
+
+
+def test_one_label_image_is_not_enough_for_a_folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((2, 3), np.uint16)).save(tmp_path / name)
+    truth = open_ground_truth(tmp_path)
+    with pytest.raises(NucleiError, match=r"a\.png lacks 1 of the images in .*: b;"):
+        open_predictions(tmp_path / "a.png", truth)
+
+
 def write_result(path, counts=(2, 3, 19), **change):
     segmentation = {"size": [4, 6], "counts": counts}
     result = {"image_id": 1, "category_id": 1, "segmentation": segmentation, "score": 0.5}
