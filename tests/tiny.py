@@ -54,6 +54,7 @@ def tiny_args(
         config_file=str(CONFIGS / config),
         eval_only=eval_only,
         num_gpus=num_gpus,
+        num_machines=1,
         opts=[*TINY_OPTS, *TINY_DATA_OPTS, *schedule, *places, *opts],
     )
 

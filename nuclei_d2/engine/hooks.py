@@ -138,7 +138,9 @@ class ValidationLoss(HookBase):
         device = next(self._model.parameters()).device
         with (
             # Without a list it is the generators of all GPUs, other processes' ones, too.
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.random.fork_rng([device], device_type=device.type)
+            if device.type != "cpu"
+            else torch.random.fork_rng([]),
             torch.no_grad(),
             _frozen_norms(self._model),
             EventStorage(),  # what the model logs on the way is not training

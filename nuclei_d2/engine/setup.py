@@ -94,6 +94,12 @@ def checked_config(args) -> CfgNode:
             f"--num-gpus is {args.num_gpus} but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; "
             "leave the option out, or add MODEL.DEVICE cuda"
         )
+    sharing = cfg.SOLVER.REFERENCE_WORLD_SIZE or args.num_gpus * args.num_machines
+    if cfg.SOLVER.IMS_PER_BATCH % max(sharing, 1):
+        raise NucleiError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, for {sharing} GPUs; make it a "
+            "multiple of their number"
+        )
     evaluated, trained = _used_sets(cfg, args)
     check_available((*evaluated, *trained))
     check_run(cfg, args.eval_only)

@@ -102,7 +102,9 @@ class NucleiTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(cfg, mapper=NucleiDatasetMapper(cfg, True))
+        return build_detection_train_loader(
+            cfg, mapper=NucleiDatasetMapper(cfg, True), prefetch_factor=_prefetched(cfg)
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
@@ -197,14 +199,15 @@ class NucleiTrainer(DefaultTrainer):
 
         self.clock.switch("forward")
         losses = self._forward(batch)
+        values = self._finite_values(losses, batch)
         self.clock.switch("backward")
         total = sum(losses.values())
         self.optimizer.zero_grad()
         total.backward()
         self.clock.switch("step")
         self.optimizer.step()
-        self.clock.switch("logging")  # waits for the GPU, too: last, when all is queued
-        SimpleTrainer.write_metrics(losses, data_time, self.iter)
+        self.clock.switch("logging")
+        SimpleTrainer.write_metrics(values, data_time, self.iter)
         self.clock.switch(None)
 
     def after_step(self) -> None:
@@ -214,17 +217,37 @@ class NucleiTrainer(DefaultTrainer):
     def _forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
         try:
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._amp):
-                losses = self.model(batch)
-            # Waits for the GPU: what is not finite must not reach the weights.
-            if not torch.isfinite(sum(losses.values())):
-                raise FloatingPointError({name: float(value) for name, value in losses.items()})
-        except FloatingPointError as error:  # Detectron2's own for broken proposals, or ours
-            names = ", ".join(record["file_name"] for record in batch)
-            raise NucleiError(
-                f"loss is not finite at iteration {self.iter} ({error}) on the images {names}; "
-                "lower SOLVER.BASE_LR, or look at these images"
-            ) from error
-        return losses
+                return self.model(batch)
+        except FloatingPointError as error:  # Detectron2's own for broken proposals
+            raise self._not_finite(error, batch) from error
+
+    def _finite_values(
+        self, losses: dict[str, torch.Tensor], batch: list[dict]
+    ) -> dict[str, torch.Tensor]:
+        """The losses on the CPU. Waits for the GPU, once an iteration: what is not finite must not
+        reach the weights, and what follows is queued while the next batch is loaded.
+        """
+        on_cpu = torch.stack([loss.detach().float() for loss in losses.values()]).cpu()
+        values = dict(zip(losses, on_cpu, strict=True))
+        if not on_cpu.sum().isfinite():
+            raise self._not_finite({name: float(loss) for name, loss in values.items()}, batch)
+        return values
+
+    def _not_finite(self, reason: object, batch: list[dict]) -> NucleiError:
+        names = ", ".join(record["file_name"] for record in batch)
+        return NucleiError(
+            f"loss is not finite at iteration {self.iter} ({reason}) on the images {names}; "
+            "lower SOLVER.BASE_LR, or look at these images"
+        )
+
+
+def _prefetched(cfg: CfgNode) -> int | None:
+    """Images that each worker loads ahead. Detectron2 loads them one by one to group them by
+    shape, so that PyTorch's 2 for each worker may be less than a batch.
+    """
+    workers = cfg.DATALOADER.NUM_WORKERS
+    images = cfg.SOLVER.IMS_PER_BATCH / comm.get_world_size()
+    return max(2, math.ceil(2 * images / workers)) if workers else None
 
 
 def _rate_before_scaling(cfg: CfgNode, world_size: int) -> float:

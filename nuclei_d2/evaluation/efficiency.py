@@ -55,16 +55,12 @@ def host_memory_mb() -> float | None:
     return peak / _MB if sys.platform == "darwin" else peak / 1024  # Linux counts kB
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name of a CUDA device, else the CPU's."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
 def hardware(device: torch.device) -> dict[str, Any]:
     """Names of the device and the CPU, cores and threads of this process, number of processes."""
+    cpu = cpu_name()
     return {
-        "device": device_name(device),
-        "cpu": cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "processes": comm.get_world_size(),

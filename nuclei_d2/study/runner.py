@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nuclei_d2.evaluation.efficiency import device_name
 from nuclei_d2.study.collect import calibration_file, collect_run, read_calibration, read_json
 from nuclei_d2.study.datasets import annotation_file
 from nuclei_d2.study.plan import Run, Study, changed_setting, load_run_config, settings
@@ -37,7 +36,7 @@ from nuclei_d2.study.schedule import (
 )
 from nuclei_d2.utils.errors import NucleiError
 from nuclei_d2.utils.files import write_json
-from nuclei_d2.utils.hardware import usable_cores, usable_gpus
+from nuclei_d2.utils.hardware import cpu_name, usable_cores, usable_gpus
 
 
 @dataclass(frozen=True)
@@ -308,18 +307,18 @@ class Runner:
         return {"threads": threads, "device": device, "jobs_per_gpu": sharing}
 
     def _check_hardware(self, path: Path, run: Run) -> None:
-        then, processor = read_json(path), device_name(torch.device(run.cfg.MODEL.DEVICE))
-        if then.get("processor", processor) != processor:  # which a cluster may hand out by chance
-            self._say(
-                f"{run.key}: gets as many steps as fit the time on {then['processor']}; on "
-                f"{processor} they may take longer, or shorter"
-            )
+        then = read_json(path)
         for key, now in self._hardware(run).items():
             if then[key] != now:
                 raise NucleiError(
                     f"{path}: measured with {key} {then[key]}, now it is {now}; go on with the "
                     "device, --jobs, cores and GPUs of then, or use other --output and --results"
                 )
+        if then.get("cpu", cpu_name()) != cpu_name():  # which a cluster may hand out by chance
+            self._say(
+                f"{run.key}: gets as many steps as fit the time on {then['cpu']}; on {cpu_name()} "
+                "they may take longer, or shorter"
+            )
 
     def _calibrate(self, run: Run, path: Path, folder: Path, locks: Sequence[int]) -> None:
         (folder / "metrics.json").unlink(missing_ok=True)
@@ -332,7 +331,7 @@ class Runner:
             "seconds_per_iteration": seconds_per_iteration(read_metrics(folder / "metrics.json")),
             "iterations": CALIBRATION_ITERATIONS,
             "jobs": self._jobs,
-            "processor": device_name(torch.device(run.cfg.MODEL.DEVICE)),
+            "cpu": cpu_name(),
             **self._hardware(run),
         }
         for checkpoint in folder.glob("*.pth"):

@@ -65,6 +65,14 @@ def test_several_gpus_need_a_device_without_a_number(tiny_data, tmp_path, device
         tiny_setup(tmp_path, "MODEL.DEVICE", device, num_gpus=2)
 
 
+@pytest.mark.parametrize("reference", ["0", "2"])
+def test_every_gpu_needs_as_many_images(tiny_data, tmp_path, monkeypatch, reference):
+    monkeypatch.setattr("nuclei_d2.engine.setup.use_device", lambda _: None)
+    opts = ("MODEL.DEVICE", "cuda", "SOLVER.REFERENCE_WORLD_SIZE", reference)
+    with pytest.raises(NucleiError, match=r"IMS_PER_BATCH is 3, for 2 GPUs; make it a multiple"):
+        tiny_setup(tmp_path, *opts, "SOLVER.IMS_PER_BATCH", "3", num_gpus=2)
+
+
 @pytest.mark.parametrize(
     ("opts", "message"),
     [

@@ -5,6 +5,7 @@ import pytest
 import torch
 from detectron2.evaluation import inference_on_dataset
 from tiny import in_two_processes, tiny_args
+from torch.utils.data import DataLoader
 
 from nuclei_d2.engine.checks import best_metrics
 from nuclei_d2.engine.setup import setup
@@ -287,6 +288,20 @@ def test_a_loss_that_is_not_finite_stops_with_iteration_and_images(tiny_data, tm
     with pytest.raises(NucleiError, match=r"iteration 0 .*tiny_train_\d\.png") as error:
         trainer.train()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("workers", "images", "prefetched"), [(4, 16, 8), (8, 2, 2), (0, 2, None)])
+def test_workers_load_two_batches_ahead(
+    tiny_data, tmp_path, monkeypatch, workers, images, prefetched
+):
+    made = []
+    init = DataLoader.__init__
+    monkeypatch.setattr(
+        DataLoader, "__init__", lambda s, *a, **k: made.append(s) or init(s, *a, **k)
+    )
+    opts = ("DATALOADER.NUM_WORKERS", workers, "SOLVER.IMS_PER_BATCH", images)
+    NucleiTrainer.build_train_loader(tiny_setup(tmp_path, *map(str, opts)))
+    assert [loader.prefetch_factor for loader in made] == [prefetched]
 
 
 def test_a_unet_trains_and_is_evaluated_by_the_same_commands(tiny_data, tmp_path):

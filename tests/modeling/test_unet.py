@@ -251,6 +251,20 @@ def test_a_backbone_that_does_not_fit_is_one_line():
         build_model(cfg)
     with pytest.raises(NucleiError, match=r"UNet cannot be built with .* build_resnet_fpn"):
         build("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+    with pytest.raises(NucleiError, match=r"cannot be built .*\(num_channels \(4\) must be divis"):
+        build("MODEL.UNET.NORM", "GN", "MODEL.UNET.WIDTH", "4")
+
+
+@pytest.mark.parametrize(
+    ("norm", "device", "channels_last"),
+    [("BN", "cpu", True), ("GN", "cpu", True), ("BN", "meta", True), ("GN", "meta", False)],
+)
+def test_channels_are_last_but_where_group_norm_puts_them_first(norm, device, channels_last):
+    width = ("MODEL.UNET.WIDTH", "32")
+    model = build("MODEL.UNET.NORM", norm, *width, "MODEL.DEVICE", device)  # meta stands for GPUs
+    kernels = [p for p in model.parameters() if p.dim() == 4 and p.shape[2] > 1 < p.shape[1]]
+    last = [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels]
+    assert set(last) == {channels_last}
 
 
 def test_the_network_of_the_paper_has_its_channels_and_strides():

@@ -15,7 +15,8 @@ __all__ = ["Classical", "NucleiRCNN", "UNet", "build_model"]
 def build_model(cfg: CfgNode) -> torch.nn.Module:
     """Detectron2's ``build_model``, for training and inference alike, channels last in memory.
 
-    Convolutions in bfloat16 are faster that way, on CPUs with such instructions and on GPUs.
+    Convolutions in bfloat16 are faster that way, on CPUs with such instructions and on GPUs. There
+    group norm gives its output channels first, so that each would be turned round twice.
 
     Raises:
         NucleiError: the backbone does not make what the rest of the model takes.
@@ -30,13 +31,16 @@ def build_model(cfg: CfgNode) -> torch.nn.Module:
             f"which MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} is to take; begin with a "
             "config from configs/, or change the keys IN_FEATURES, too"
         ) from error
-    except AssertionError as error:  # Detectron2's way of refusing a config
+    except (AssertionError, ValueError) as error:  # how Detectron2 and PyTorch refuse a config
         reason = " ".join(str(error).split()) or "an assertion of Detectron2 failed"
         raise NucleiError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot be built with "
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} and the keys that belong to them "
             f"({reason}); begin with a config from configs/"
         ) from error
+    has_group_norm = any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
+    if has_group_norm and torch.device(cfg.MODEL.DEVICE).type != "cpu":
+        return model
     return model.to(memory_format=torch.channels_last)
 
 

@@ -185,9 +185,10 @@ class BoundaryMaskHead(nn.Module):
             mask_features: (N, C, R, R).
             boundary_features: (N, C, 2R, 2R).
         """
-        # Convolutions and UpsamplePredictor are fastest with the channels last in memory.
-        mask = self.mask_convs(mask_features.contiguous(memory_format=torch.channels_last))
-        boundary_features = boundary_features.contiguous(memory_format=torch.channels_last)
+        if mask_features.device.type == "cpu":  # convolutions and UpsamplePredictor are faster
+            mask_features = mask_features.contiguous(memory_format=torch.channels_last)
+            boundary_features = boundary_features.contiguous(memory_format=torch.channels_last)
+        mask = self.mask_convs(mask_features)
         boundary = self.boundary_downsample(boundary_features) + self.mask_to_boundary(mask)
         boundary = self.boundary_convs(boundary)
         mask = self.mask_fusion(self.boundary_to_mask(boundary) + mask)
