@@ -193,6 +193,8 @@ def headline_table(names: Sequence[str], contents: Sequence[dict], differences: 
     note = "Fractions of 1"
     if contents[0]["settings"]["resamples"]:
         note += f"; {LEVEL:.0%} intervals over images in brackets ({RESAMPLES} bootstrap samples)"
+        if differences and enough:
+            note += "; * without 0: so on other images, not with other trainings"
     return f"{tabulate(rows, header, disable_numparse=True)}\n{note}."
 
 

@@ -48,8 +48,9 @@ def best_metrics(cfg: CfgNode) -> list[str]:
 def data_warnings(cfg: CfgNode, evaluated: Iterable[str], trained: Iterable[str] = ()) -> list[str]:
     """One line for every thing about the data sets that would make the numbers worthless.
 
-    These are: no nuclei in a set; more nuclei in an evaluated image than the RPN's caps leave room
-    for; annotations that are older than the label images they were made from.
+    These are: no nuclei in a set; crowds in an evaluated one; more nuclei in an evaluated image
+    than the RPN's caps leave room for; annotations that are older than the label images they were
+    made from.
 
     Args:
         cfg: of the run.
@@ -68,6 +69,12 @@ def data_warnings(cfg: CfgNode, evaluated: Iterable[str], trained: Iterable[str]
         fullest = _fullest(records)
         if not fullest:
             warnings.append(f"{name} has no nuclei at all: AP and F1 are undefined on it")
+        crowds = sum(a.get("iscrowd", 0) for r in records for a in r["annotations"])
+        if crowds:
+            warnings.append(
+                f"{name} has {crowds} crowd annotations: box and mask AP ignore what is found in "
+                "them, all other metrics count it as spurious"
+            )
         if cfg.MODEL.META_ARCHITECTURE.endswith("RCNN"):
             warnings += _rpn_warnings(cfg, name, fullest)
         warnings += _stale_warnings(name, records)

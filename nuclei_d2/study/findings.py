@@ -15,12 +15,14 @@ from nuclei_d2.study.statistics import (
     Scores,
     difference,
     estimate,
+    holm,
     part_of,
     touching_bins,
 )
 
 Compute = Callable[[Scores], np.ndarray]
 UNKNOWN = Estimate(np.nan, np.nan, np.nan, ())
+ENOUGH_SEEDS = 3  # that both have, for a claim
 
 
 class Findings:
@@ -60,8 +62,7 @@ class Findings:
 
     def estimate(self, task: Task, test: str, model: str, metric: str) -> Estimate:
         """One of :data:`METRICS`; unknown where there is no result."""
-        sample = self.sample(task, test, model)
-        return estimate(sample, METRICS[metric].compute) if sample else UNKNOWN
+        return _estimate(self.sample(task, test, model), metric)
 
     def change(self, comparison: Comparison, metric: str) -> Estimate:
         """First minus second on the first test set of the main task; unknown without both."""
@@ -72,6 +73,21 @@ class Findings:
         test = self.main.test[0]
         pair = [self.sample(self.main, test, n) for n in (comparison.first, comparison.second)]
         return difference(*pair, compute) if all(pair) else UNKNOWN
+
+    def questions(self) -> list[Comparison]:
+        """The comparisons that have enough seeds for a claim."""
+        known = {c.name: self.change(c, c.metric) for c in self.study.comparisons.values()}
+        return [
+            self.study.comparisons[name]
+            for name, change in known.items()
+            if len(change.seeds) >= ENOUGH_SEEDS and np.isfinite(change.p)
+        ]
+
+    def corrected_p(self, comparison: Comparison) -> float:
+        """Of one of :meth:`questions`, for their number."""
+        asked = self.questions()
+        corrected = holm([self.change(c, c.metric).p for c in asked])
+        return corrected[[c.name for c in asked].index(comparison.name)]
 
     def seeds(self, task: Task, model: str) -> int:
         """How many runs there are."""
@@ -162,8 +178,7 @@ class Findings:
 
     def by_touching(self, task: Task, model: str, metric: str) -> list[Estimate]:
         """A metric in images with few, some and many touching nuclei."""
-        samples = self._touching_samples(task, model)
-        return [estimate(s, METRICS[metric].compute) if s else UNKNOWN for s in samples]
+        return [_estimate(sample, metric) for sample in self._touching_samples(task, model)]
 
     def _touching_samples(self, task: Task, model: str) -> list[Sample | None]:
         measured = self.measured(task, task.test[0], model)
@@ -183,16 +198,19 @@ class Findings:
         if sample is None:
             return []
         sizes = range(4)
-        return [estimate(sample, lambda s, k=k: s.recall_by_size()[:, k]) for k in sizes]
+        return [estimate(sample, lambda s, k=k: s.recall_by_size()[:, k], 1) for k in sizes]
 
     def curve(self, task: Task, model: str, metric: str = "segm/AP") -> list[tuple[float, float]]:
-        """(minutes of training, a number on VAL), mean over seeds, in order."""
+        """(minutes of training, a number on VAL), mean over seeds, in order.
+
+        The minutes are those of the seed that other programs disturbed least.
+        """
         curves = [run.info.get("curve") or [] for run in self.runs(task.name, model)]
         curves = [[row for row in curve if row.get(metric) is not None] for curve in curves]
         points = zip(*(curve for curve in curves if curve), strict=False)
         return [
             (
-                float(np.mean([r["seconds"] for r in rows])) / 60,
+                min(r["seconds"] for r in rows) / 60,
                 float(np.mean([r[metric] for r in rows])),
             )
             for rows in points
@@ -202,6 +220,12 @@ class Findings:
         """The measured test sets of a ladder, with the share of their nuclei that touch another."""
         measured = {test: self.images(task, test) for test in task.test[1:]}
         return {test: touching_share(images) for test, images in measured.items() if images}
+
+
+def _estimate(sample: Sample | None, metric: str) -> Estimate:
+    if sample is None:
+        return UNKNOWN
+    return estimate(sample, METRICS[metric].compute, METRICS[metric].highest)
 
 
 def touching_share(measured: Measured) -> float:

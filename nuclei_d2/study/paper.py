@@ -16,7 +16,7 @@ from nuclei_d2.study.tables import markdown, number, seed_range, with_interval
 from nuclei_d2.study.words import answer, change_line, cost_sentence, listed, recipe, verdict
 
 # Metrics told after the answer.
-_FOLLOWING = ("boundary_ap", "accuracy", "ap", "merges", "splits")
+_FOLLOWING = ("boundary_ap", "accuracy", "ap", "merges", "splits", "not_found")
 _METRICS_PAGE = Path("docs/metrics.md")
 
 
@@ -42,7 +42,7 @@ def render_paper(findings: Findings, study_file: str, page: Path, tables: Path) 
         figures=page.stem,
         table=_table(findings),
         tables=_link(page, tables),
-        ladder=" Right: merges and splits in generated images, more and more crowded."
+        ladder=" Right: nuclei not found in generated images, more and more crowded."
         if ladder
         else "",
         elsewhere=other_data(findings),
@@ -53,7 +53,7 @@ def render_paper(findings: Findings, study_file: str, page: Path, tables: Path) 
         training=_training(findings),
         metrics=_link(page, _METRICS_PAGE),
         hardware=_hardware(findings),
-        seeds=_count(len(task.seeds or study.seeds), "training"),
+        seeds=_count(_most_seeds(findings), "training"),
         equal_time=_equal_time(findings),
         others=_others(findings),
         rebuild=_rebuild(findings),
@@ -151,12 +151,12 @@ def _best(findings: Findings) -> str:
     phrase = {
         "better": "the interval and every seed confirm it",
         "one image": "one image, no claim",
-        "one seed": "one seed, no claim",
+        "few seeds": "too few seeds, no claim",
         "worse": "the tests reverse the order",
     }.get(verdict(lead), "the difference may be chance")
     title, other = map(findings.study.model_title, (best, second))
     seeds = findings.seeds(task, best)
-    of = f"of the models with {seeds} seeds, " if seeds > 1 else ""
+    of = f"of the models with {seeds} seeds or nothing to train, " if seeds > 1 else ""
     return (
         f"**Which is best?** On the validation images, {of}{title}, which on the test images has "
         f"{with_interval(found, 3)} in {metric.title}: {with_interval(lead, 3, sign=True)} more "
@@ -174,9 +174,9 @@ def _not_chosen_from(findings: Findings, names: list[str]) -> str:
 
 
 def _table(findings: Findings) -> str:
-    header = ["", "seeds", "boundary AP, %", "its seeds", "mask AP, %"]
+    header = ["", "seeds", "steps", "boundary AP, %", "its seeds", "mask AP, %"]
     header += ["TP / (TP + FP + FN)", "its seeds", "at IoU 0.5", "at 0.75", "merges", "splits"]
-    header += ["s per megapixel", "million parameters"]
+    header += ["not found", "s per megapixel", "million parameters"]
     task = findings.main
     return markdown(header, [_row(findings, task, model) for model in findings.models(task)])
 
@@ -192,12 +192,15 @@ def _row(findings: Findings, task: Task, model: str) -> list[str]:
             "accuracy_75",
             "merges",
             "splits",
+            "not_found",
         )
     }
+    steps = findings.cost(task, model, "iterations")
     parameters = findings.cost(task, model, "model", "parameters")
     return [
         findings.study.model_title(model),
         str(findings.seeds(task, model)),
+        f"{steps:,.0f}" if steps else "",
         with_interval(found["boundary_ap"], 1),
         seed_range(found["boundary_ap"], 1),
         number(found["ap"].value),
@@ -207,7 +210,8 @@ def _row(findings: Findings, task: Task, model: str) -> list[str]:
         number(found["accuracy_75"].value, 3),
         number(found["merges"].value),
         number(found["splits"].value),
-        number(findings.seconds_per_megapixel(task, model), 2),
+        number(found["not_found"].value),
+        number(findings.seconds_per_megapixel(task, model)),
         "" if parameters is None else number(parameters / 1e6),
     ]
 
@@ -224,12 +228,12 @@ def _models(findings: Findings) -> str:
 
 def _training(findings: Findings) -> str:
     study, task = findings.study, findings.main
-    text = f"From scratch, {_count(len(task.seeds or study.seeds), 'seed')}."
+    text = f"From scratch, with up to {_count(_most_seeds(findings), 'seed')} (Table 1)."
     if study.budget is not None:
         text += (
-            f" Every model was given a budget of {study.budget:g} minutes, validation apart: its "
-            f"schedule was stretched by the time of its first {_calibrations(findings)}, measured "
-            "before its first seed."
+            f" Every model was given a budget of {study.budget:g} minutes, validation apart: "
+            "before its first seed the time of a step was measured, at the end of a training of "
+            f"{_calibrations(findings)}, and its schedule stretched to as many steps as fit."
         )
         for model in (study.models.get(name) for name in findings.models(task)):
             if model and model.steps_of:
@@ -245,6 +249,11 @@ def _training(findings: Findings) -> str:
             "seed that was disturbed least: medians of 20 steps, summed."
         )
     return text
+
+
+def _most_seeds(findings: Findings) -> int:
+    task = findings.main
+    return max((findings.seeds(task, model) for model in findings.models(task)), default=0)
 
 
 def _calibrations(findings: Findings) -> str:

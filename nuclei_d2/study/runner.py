@@ -314,9 +314,10 @@ class Runner:
                     f"{path}: measured with {key} {then[key]}, now it is {now}; go on with the "
                     "device, --jobs, cores and GPUs of then, or use other --output and --results"
                 )
-        if then.get("cpu", cpu_name()) != cpu_name():  # which a cluster may hand out by chance
+        here = cpu_name()  # a cluster may hand out another each time
+        if then.get("processor", here) != here:
             self._say(
-                f"{run.key}: gets as many steps as fit the time on {then['cpu']}; on {cpu_name()} "
+                f"{run.key}: gets as many steps as fit the time on {then['processor']}; on {here} "
                 "they may take longer, or shorter"
             )
 
@@ -331,7 +332,7 @@ class Runner:
             "seconds_per_iteration": seconds_per_iteration(read_metrics(folder / "metrics.json")),
             "iterations": CALIBRATION_ITERATIONS,
             "jobs": self._jobs,
-            "cpu": cpu_name(),
+            "processor": cpu_name(),
             **self._hardware(run),
         }
         for checkpoint in folder.glob("*.pth"):

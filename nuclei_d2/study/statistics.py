@@ -1,8 +1,10 @@
 """Numbers of models with several seeds, and how sure they are.
 
-Two things make a number uncertain, and both are shown: which images happened to be tested (paired
-bootstrap over images, of the mean over seeds), and which random numbers the training happened to
-draw (the spread over seeds, smallest to largest).
+Two things make a number uncertain: which images happened to be tested, and which random numbers the
+training happened to draw. An interval counts both. The variance of the mean over seeds is that of a
+paired bootstrap over images plus, for each model, that of its seeds divided by their number; the
+quantile is Student's, with the degrees of freedom of Welch and Satterthwaite (B. L. Welch,
+Biometrika 34, 1947), as two or three seeds tell little of their own spread.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +13,14 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
-from nuclei_d2.evaluation.bootstrap import SEED, bootstrap_weights, percentile_interval
+from nuclei_d2.evaluation.bootstrap import LEVEL, bootstrap_weights
 from nuclei_d2.evaluation.boundary_ap import RECALLS
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import ERRORS, HEADLINE, Path, ScoreTable
 from nuclei_d2.study.measure import Measured
+from nuclei_d2.utils.errors import NucleiError
 
 # Share of an image's nuclei that touch another one: few, some, many.
 TOUCHING_EDGES = (0.0, 0.1, 0.3, 1.0)
@@ -119,6 +123,11 @@ class Metric(NamedTuple):
     compute: Callable[[Scores], np.ndarray]  # (W,)
     higher_is_better: bool = True
 
+    @property
+    def highest(self) -> float:
+        """What it can be at most; at least, each can be 0."""
+        return {"%": 100.0, "": 1.0}.get(self.unit, np.inf)
+
 
 def _ap(name: str, threshold: int | None, scores: Scores) -> np.ndarray:
     aps = scores.ap(name)
@@ -136,8 +145,12 @@ def _accuracy(scores: Scores) -> np.ndarray:
 
 
 def _per_100(names: Sequence[str], scores: Scores) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return 100 * sum(scores.at(("errors", name)) for name in names) / scores.nuclei
+    counts = sum(scores.at(("errors", name)) for name in names)
+    return np.where(scores.nuclei > 0, 100 * counts / np.maximum(scores.nuclei, 1), np.nan)
+
+
+def _not_found(scores: Scores) -> np.ndarray:
+    return 100 * (1 - scores.at(("pooled", "recall", "0.50")))
 
 
 def _label(path: Path, scores: Scores) -> np.ndarray:
@@ -168,6 +181,7 @@ METRICS: dict[str, Metric] = {
         )
         for names in (("merges", "splits"), *((name,) for name in ERRORS))
     },
+    "not_found": Metric("nuclei not found at IoU 0.5", "per 100 nuclei", _not_found, False),
     **{
         "_".join(path): Metric(
             " ".join(path),
@@ -191,6 +205,7 @@ class Estimate(NamedTuple):
     low: float
     high: float
     seeds: tuple[float, ...]
+    p: float = np.nan  # how often chance alone would bring it so far from 0
 
     @property
     def is_known(self) -> bool:
@@ -207,50 +222,97 @@ class Sample:
     """The seeds of one model on one test set. Weightings: every image once, then B draws."""
 
     scores: dict[int, Scores]  # by seed
+    images: tuple[tuple[str, int], ...]  # name and number of nuclei of each
 
     @classmethod
     def of(cls, measured: dict[int, Measured]) -> "Sample":
-        n_images = len(next(iter(measured.values())).images)
-        weights = np.concatenate([np.ones((1, n_images), np.int64), bootstrap_weights(n_images)])
-        return cls({seed: Scores(part, weights) for seed, part in measured.items()})
+        """
+        Raises:
+            NucleiError: the seeds were not measured on the same images.
+        """
+        sets = {
+            tuple(zip(m.names, (i.n_gt for i in m.images), strict=True)) for m in measured.values()
+        }
+        if len(sets) > 1:
+            raise NucleiError(_OTHER_IMAGES)
+        (images,) = sets
+        n = len(images)
+        weights = np.concatenate([np.ones((1, n), np.int64), bootstrap_weights(n)])
+        return cls({seed: Scores(part, weights) for seed, part in measured.items()}, images)
 
     def values(self, compute: Callable[[Scores], np.ndarray]) -> np.ndarray:
         """(seeds, 1 + B, ...) of every seed and weighting."""
         return np.stack([compute(scores) for scores in self.scores.values()])
 
 
-def estimate(sample: Sample, compute: Callable[[Scores], np.ndarray]) -> Estimate:
-    """A metric (W,) of one model."""
+_OTHER_IMAGES = (
+    "results of one test set are of different images: the data were prepared anew in between; "
+    "remove the older results, or use other --output and --results"
+)
+
+
+def estimate(
+    sample: Sample, compute: Callable[[Scores], np.ndarray], highest: float = np.inf
+) -> Estimate:
+    """A metric (W,) of one model, which is between 0 and ``highest``; so is its interval."""
     values = sample.values(compute)
-    return _summary(_over_seeds(values, 0), values[:, 0])
+    found = _summary(values.mean(axis=0), [values[:, 0]], values[:, 0], len(sample.images))
+    low, high = np.clip((found.low, found.high), 0, highest)
+    return found._replace(low=float(low), high=float(high))
 
 
 def difference(first: Sample, second: Sample, compute: Callable[[Scores], np.ndarray]) -> Estimate:
-    """``first - second`` on the same images; ``seeds`` are the differences of equal seeds."""
-    means = [_over_seeds(sample.values(compute), k) for k, sample in enumerate((first, second))]
+    """``first - second`` on the same images; ``seeds`` are the differences of equal seeds.
+
+    Raises:
+        NucleiError: they were not measured on the same images.
+    """
+    if first.images != second.images:
+        raise NucleiError(_OTHER_IMAGES)
+    values = [sample.values(compute) for sample in (first, second)]
+    mean = values[0].mean(axis=0) - values[1].mean(axis=0)
     common = [seed for seed in first.scores if seed in second.scores]
     pairs = (first.scores[seed] for seed in common), (second.scores[seed] for seed in common)
     seeds = [compute(x)[0] - compute(y)[0] for x, y in zip(*pairs, strict=True)]
-    return _summary(means[0] - means[1], np.array(seeds))
+    trainings = [part[:, 0] for part in values]
+    return _summary(mean, trainings, np.array(seeds), len(first.images))
 
 
-def _over_seeds(values: np.ndarray, stream: int) -> np.ndarray:
-    """(1 + B,) means of (seeds, 1 + B): of all seeds, then of as many drawn with replacement.
-
-    Args:
-        stream: models with different ones are drawn independently.
+def _summary(
+    mean: np.ndarray, trainings: Sequence[np.ndarray], seeds: np.ndarray, n_images: int
+) -> Estimate:
     """
-    n_seeds, n_draws = values.shape[0], values.shape[1] - 1
-    rng = np.random.default_rng((SEED, stream))
-    counts = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)
-    drawn = (counts.T * values[:, 1:]).sum(axis=0) / n_seeds
-    return np.concatenate([values[:, :1].mean(axis=0), drawn])
+    Args:
+        mean: (1 + B,) over seeds, of every weighting.
+        trainings: of each model that it is made of, (its seeds,) numbers.
+        seeds: of equal seeds.
+        n_images: in the test set.
+    """
+    draws = mean[1:][np.isfinite(mean[1:])]
+    if not draws.size:
+        return Estimate(float(mean[0]), np.nan, np.nan, tuple(seeds.tolist()))
+    several = [part for part in trainings if len(part) > 1]
+    # Variances of the mean, and the degrees of freedom that each was estimated with.
+    parts = [(draws.var(), n_images - 1)]
+    parts += [(part.var(ddof=1) / len(part), len(part) - 1) for part in several]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        p = float(mean[0] == 0)
+        return Estimate(float(mean[0]), float(mean[0]), float(mean[0]), tuple(seeds.tolist()), p)
+    freedom = variance**2 / sum(part**2 / df for part, df in parts)
+    half = student.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
+    p = 2 * student.sf(abs(mean[0]) / np.sqrt(variance), freedom)
+    ends = float(mean[0] - half), float(mean[0] + half)
+    return Estimate(float(mean[0]), *ends, tuple(seeds.tolist()), float(p))
 
 
-def _summary(mean: np.ndarray, seeds: np.ndarray) -> Estimate:
-    """Of (1 + B,) means over seeds, and (seeds,) numbers."""
-    low, high = percentile_interval(mean[1:])
-    return Estimate(float(mean[0]), low, high, tuple(seeds.tolist()))
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values corrected for their number (S. Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    order = np.argsort(p)
+    adjusted = np.empty(len(order))
+    steps = (len(order) - np.arange(len(order))) * np.asarray(p, float)[order]
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return adjusted.tolist()
 
 
 def touching_bins(measured: Measured) -> list[np.ndarray]:

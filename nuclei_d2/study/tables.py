@@ -83,12 +83,12 @@ def metrics_csv(findings: Findings, task: Task, test: str) -> str:
 def differences_csv(findings: Findings) -> str:
     """Every comparison of the study: first minus second, paired."""
     rows = [
-        [c.name, c.first, c.second, key, metric.unit, *_cells(found)]
+        [c.name, c.first, c.second, key, metric.unit, *_cells(found), number(found.p, 4)]
         for c in findings.study.comparisons.values()
         for key, metric in METRICS.items()
         if (found := findings.change(c, key)).is_known
     ]
-    return to_csv(["comparison", "first", "second", "metric", "unit", *_ESTIMATE], rows)
+    return to_csv(["comparison", "first", "second", "metric", "unit", *_ESTIMATE, "p"], rows)
 
 
 def strata_csv(findings: Findings) -> str:

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from nuclei_d2.study.findings import Findings
+from nuclei_d2.evaluation.bootstrap import LEVEL
+from nuclei_d2.study.findings import ENOUGH_SEEDS, Findings
 from nuclei_d2.study.plan import Comparison, Model
 from nuclei_d2.study.statistics import METRICS, Estimate, Metric
 from nuclei_d2.study.tables import number, seed_range, with_interval
@@ -11,16 +12,18 @@ from nuclei_d2.study.tables import number, seed_range, with_interval
 _OPENINGS = {
     "unknown": "Not measured yet.",
     "one image": "One image: no claim.",
-    "one seed": "One seed: no claim.",
+    "few seeds": "Too few seeds: no claim.",
     "better": "Yes, here.",
     "worse": "No, the reverse.",
+    "likely better": "It seems so.",
+    "likely worse": "It seems not; rather the reverse.",
     "unsure": "Perhaps.",
     "none": "Not that we can tell.",
 }
 _REASONS = {
     "unknown": "",
     "one image": "One image cannot tell what others would.",
-    "one seed": "One training of each cannot tell a method from luck.",
+    "few seeds": "One or two trainings of each cannot tell a method from luck.",
     "better": "The interval excludes zero, and every seed agrees.",
     "worse": "The interval excludes zero, and every seed agrees.",
     "unsure": "The interval excludes zero, but not every seed agrees.",
@@ -29,7 +32,7 @@ _REASONS = {
 _PHRASES = {
     "unknown": "not measured",
     "one image": "one image, no claim",
-    "one seed": "one seed, no claim",
+    "few seeds": "too few seeds, no claim",
     "better": "better",
     "worse": "worse",
     "unsure": "better or worse, by seed",
@@ -38,16 +41,16 @@ _PHRASES = {
 
 
 def verdict(change: Estimate, higher_is_better: bool = True) -> str:
-    """ "unknown", "one image", "one seed", "better", "worse", "unsure" or "none".
+    """ "unknown", "one image", "few seeds", "better", "worse", "unsure" or "none".
 
-    A claim needs an interval that excludes zero, and seeds that agree with it.
+    A claim needs three seeds, an interval that excludes zero, and seeds that agree with it.
     """
     if not change.is_known:
         return "unknown"
     if not np.isfinite(change.low):
         return "one image"
-    if len(change.seeds) < 2:
-        return "one seed"
+    if len(change.seeds) < ENOUGH_SEEDS:
+        return "few seeds"
     if change.sign == 0:
         return "none"
     if any(seed * change.sign <= 0 for seed in change.seeds):
@@ -70,19 +73,47 @@ def answer(findings: Findings, comparison: Comparison) -> str:
     change, kind = _judge(findings, comparison)
     parts = [f"**{_OPENINGS[kind]}**"]
     if kind != "unknown":
-        parts += [_numbers(findings, comparison, change), _REASONS[kind]]
+        parts += [_numbers(findings, comparison, change), _reason(findings, comparison, kind)]
     return " ".join(parts)
 
 
 def short_answer(findings: Findings, comparison: Comparison) -> str:
-    """Question and answer, without numbers."""
-    return f"{comparison.ask} **{_OPENINGS[_judge(findings, comparison)[1]]}**"
+    """Question, answer and the difference it rests on."""
+    change, kind = _judge(findings, comparison)
+    told = f"{comparison.ask} **{_OPENINGS[kind]}**"
+    if kind == "unknown":
+        return told
+    metric = METRICS[comparison.metric]
+    value = with_interval(change, digits(metric), sign=True)
+    return f"{told} {metric.title[0].upper()}{metric.title[1:]}: {value}{unit(metric)}."
 
 
 def _judge(findings: Findings, comparison: Comparison) -> tuple[Estimate, str]:
-    """The difference that answers the comparison's question, and the verdict on it."""
+    """The difference that answers the comparison's question, and the verdict on it: "likely" where
+    it is a claim only as long as no other question is asked.
+    """
     change = findings.change(comparison, comparison.metric)
-    return change, verdict(change, METRICS[comparison.metric].higher_is_better)
+    kind = verdict(change, METRICS[comparison.metric].higher_is_better)
+    if kind in ("better", "worse") and findings.corrected_p(comparison) > 1 - LEVEL:
+        kind = f"likely {kind}"
+    return change, kind
+
+
+def _reason(findings: Findings, comparison: Comparison, kind: str) -> str:
+    reason = _REASONS[kind.removeprefix("likely ")]
+    asked = len(findings.questions())
+    if kind in ("better", "worse") and asked > 1:
+        p = number(findings.corrected_p(comparison), 3)
+        reason += (
+            f" So it stays if corrected for the {asked} questions of this page (Holm, p = {p})."
+        )
+    elif kind.startswith("likely"):
+        p = number(findings.corrected_p(comparison), 3)
+        reason += (
+            f" But {asked} questions are asked on this page; corrected for that, it may be chance "
+            f"(Holm, p = {p})."
+        )
+    return reason
 
 
 def _numbers(findings: Findings, comparison: Comparison, change: Estimate) -> str:

@@ -1,3 +1,4 @@
+import json
 import os
 
 import numpy as np
@@ -46,6 +47,15 @@ def touch(path):
 
 def test_good_data_give_no_warning(tiny_data):
     assert warnings(evaluated=("tiny_test", "tiny_val"), trained=("tiny_train",)) == []
+
+
+def test_crowds_are_ignored_by_some_metrics_only(tiny_data):
+    path = tiny_data / "tiny" / "annotations" / "tiny_test.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    (found,) = warnings()
+    assert found.startswith("tiny_test has 1 crowd annotations: box and mask AP ignore what is")
 
 
 def test_a_set_without_nuclei(tiny_data):

@@ -38,6 +38,7 @@ def make_study(study_file, tmp_path):
             "comparisons": {"boundaries": BOUNDARIES},
             "report": str(tmp_path / "docs" / "study.md"),
             "title": "Made up for a test",
+            "seeds": [0, 1, 2],
             **changes,
         }
         return load_study(study_file(**changes))
@@ -89,23 +90,40 @@ def test_the_answer_follows_the_interval(make_study, fabricate, errors, opening)
     assert opening in page
 
 
-def test_one_seed_is_no_claim(make_study, fabricate):
-    study = make_study(seeds=[0])
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_one_or_two_seeds_are_no_claim(make_study, fabricate, seeds):
+    study = make_study(seeds=seeds)
     fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2})
     page = page_of(study)
-    assert "**One seed: no claim.**" in page
-    assert "one seed, no claim" in page
+    assert "**Too few seeds: no claim.**" in page
+    assert "too few seeds, no claim" in page
     assert "Yes" not in page
+
+
+def test_an_answer_is_corrected_for_the_number_of_questions(make_study, fabricate, monkeypatch):
+    study = make_study()
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2, "classical": 2.5})
+    assert "So it stays" not in page_of(study)  # one question
+    floor = {"ask": "More than a floor?", "first": "mask_rcnn", "second": "unet"}
+    study = make_study(comparisons={"boundaries": BOUNDARIES, "floor": floor})
+    page = page_of(study)
+    assert (
+        page.count("So it stays if corrected for the 2 questions of this page (Holm, p = 0.0") == 2
+    )
+    monkeypatch.setattr("nuclei_d2.study.findings.holm", lambda p: [0.12] * len(p))
+    page = page_of(study)
+    assert "**More than a floor?** **It seems so.** In boundary AP" in page
+    assert "corrected for that, it may be chance (Holm, p = 0.120)." in page
 
 
 @pytest.mark.parametrize(
     ("low", "high", "seeds", "expected"),
     [
-        (0.1, 0.5, (0.2, 0.4), "better"),
-        (-0.5, -0.1, (-0.2, -0.4), "worse"),
-        (0.1, 0.5, (0.7, -0.1), "unsure"),
-        (-0.1, 0.5, (0.2, 0.4), "none"),
-        (0.1, 0.5, (0.3,), "one seed"),
+        (0.1, 0.5, (0.2, 0.4, 0.3), "better"),
+        (-0.5, -0.1, (-0.2, -0.4, -0.3), "worse"),
+        (0.1, 0.5, (0.7, -0.1, 0.3), "unsure"),
+        (-0.1, 0.5, (0.2, 0.4, 0.3), "none"),
+        (0.1, 0.5, (0.3, 0.3), "few seeds"),
         (float("nan"), float("nan"), (0.3, 0.2), "one image"),
     ],
 )
@@ -127,7 +145,7 @@ def test_one_test_image_is_no_claim(make_study, fabricate):
 
 
 def test_times_are_those_that_other_programs_disturbed_least(make_study, fabricate):
-    study = make_study()
+    study = make_study(seeds=[0, 1])
     fabricate(study, {"unet": 1.0})
     findings = Findings(study, load_results(study))
     assert findings.training_minutes(findings.main, "unet") == 3.0  # 180 and 181 s
@@ -142,12 +160,12 @@ def test_times_are_those_that_other_programs_disturbed_least(make_study, fabrica
 def test_the_report_tells_how_many_steps_were_measured(make_study, fabricate):
     study = make_study(budget=5)
     fabricate(study, {"unet": 1.0, "mask_rcnn": 1.0})
-    assert "by the time of its first steps, measured" in " ".join(page_of(study).split())
+    assert "at the end of a training of steps, and" in " ".join(page_of(study).split())
     for model, steps in ("unet", 100), ("mask_rcnn", 400):
         path = study.results_dir / f"a/{model}/calibration.json"
         path.write_text(json.dumps({"seconds_per_iteration": 1.5, "iterations": steps}))
     page = " ".join(page_of(study).split())
-    assert "of its first 100 steps (400 for mask_rcnn), measured before" in page
+    assert "at the end of a training of 100 steps (400 for mask_rcnn), and" in page
 
 
 def test_every_pair_is_drawn_once_and_every_question_asked(make_study, fabricate):
@@ -213,7 +231,8 @@ def test_numbers_in_the_page_are_those_of_the_table(make_study, fabricate):
     change = rows["boundary_ap"]
     assert f"{float(change['value']):+.1f} points" in page
     assert f"{float(change['low']):+.1f} to {float(change['high']):+.1f}" in page
-    assert change["seeds"] == "2"
+    assert change["seeds"] == "3"
+    assert float(change["p"]) < 0.05
     findings = Findings(study, load_results(study))
     first, second = (
         findings.estimate(findings.main, "tiny_test", name, "boundary_ap").value
@@ -230,7 +249,7 @@ def test_what_was_not_measured_stays_empty(make_study, fabricate):
     study = make_study()
     fabricate(study, {"mask_rcnn": 1.0}, seeds=[0])
     page = page_of(study)
-    assert "**So far 1 of 5 runs are done.**" in page
+    assert "**So far 1 of 7 runs are done.**" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| mask_rcnn |")]
     assert "nan" not in row
     assert "None" not in page
@@ -252,10 +271,11 @@ def test_other_test_sets_get_a_table_and_ladders_a_panel(make_study, fabricate):
     fabricate(study, {"mask_rcnn": 1.0})
     page = page_of(study)
     assert "## Other data" in page
-    assert "| a | `u` | mask_rcnn | 2 |" in page
-    assert "| steps | `v` | mask_rcnn | 1 |" in page
+    assert "| a | `u` | 6 | mask_rcnn | 3 |" in page
+    assert "| steps | `v` | 6 | mask_rcnn | 1 |" in page
     assert "`w`" not in page
-    assert "Right: merges and splits in generated images, more and more crowded" in page
+    assert "Right: nuclei not found in generated images, more and more crowded" in page
+    assert "steps: nuclei not found at IoU 0.5 per 100 nuclei" in page
     ladder = page.partition("steps: merges and splits per 100 nuclei")[2]
     runs = load_results(study)
     (measured,) = (run.tests["w"] for run in runs if run.task == "steps")
@@ -303,10 +323,13 @@ def test_the_readme_gets_its_block(make_study, fabricate, tmp_path):
     start = (
         "before\n<!-- results -->\nTrained from scratch on `tiny_train` (Test CPU, 2 CPU threads, "
     )
-    assert text.startswith(f"{start}PyTorch 0.0), means of 2 seeds;\n")
+    assert text.startswith(f"{start}PyTorch 0.0), means of 3 seeds;\n")
     assert text.endswith("<!-- /results -->\nafter\n")
     assert "(6 images, 72 nuclei)" in text
-    assert "\nDoes learning boundaries help? **Yes, here.** [The study](" in text
+    assert (
+        "\nDoes learning boundaries help? **Yes, here.** Boundary AP (mean of 1, 2 and 3 px): +"
+        in text
+    )
     assert "old" not in text
     readme.write_text("no marks")
     with pytest.raises(NucleiError, match="have to be there"):

@@ -169,9 +169,9 @@ def test_a_calibration_of_another_computer_holds_with_a_warning(make_runner):
     assert runner.run_all([run]) == []
     (path,) = runner.study.results_dir.glob("a/unet/calibration.json")
     measured = read(path)
-    assert measured["cpu"] == cpu_name()
-    older = {key: value for key, value in measured.items() if key != "cpu"}
-    for content, warned in (({**measured, "cpu": "Abacus"}, True), (older, False)):
+    assert measured["processor"] == cpu_name()
+    older = {key: value for key, value in measured.items() if key != "processor"}
+    for content, warned in (({**measured, "processor": "Abacus"}, True), (older, False)):
         (runner.results_folder(run) / "run.json").unlink()
         path.write_text(json.dumps(content))
         said = []

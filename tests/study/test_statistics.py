@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from nuclei_d2.evaluation.bootstrap import bootstrap_weights
 from nuclei_d2.evaluation.boundary_ap import average_precision
@@ -15,10 +16,12 @@ from nuclei_d2.study.statistics import (
     Scores,
     difference,
     estimate,
+    holm,
     part_of,
     touching_bins,
     weighted_ap,
 )
+from nuclei_d2.utils.errors import NucleiError
 
 
 def layers(labels):
@@ -75,6 +78,7 @@ def test_metrics_of_one_run():
     # Precision is 1 up to recall 0.8: 81 of 101 points.
     assert values["ap"] == values["boundary_ap"] == pytest.approx(8100 / 101)
     assert values["pooled_recall_0.50"] == pytest.approx(0.8)
+    assert values["not_found"] == pytest.approx(20)
     assert scores.recall_by_size()[0].tolist()[0] == pytest.approx(0.8)  # all are small
     assert np.isnan(scores.recall_by_size()[0][1:]).all()
 
@@ -90,18 +94,70 @@ def test_an_estimate_is_the_mean_over_seeds_and_keeps_each():
     found = estimate(sample, METRICS["accuracy"].compute)
     assert found.value == pytest.approx(0.9)
     assert found.seeds == pytest.approx((1.0, 0.8))
-    # The worst draw has image b only, half of whose seeds find nothing.
-    assert 0.5 <= found.low < found.value < found.high <= 1.0
+    assert 0 <= found.low < found.value < found.high
+    assert estimate(sample, METRICS["accuracy"].compute, highest=1).high == 1
     assert found.is_known
 
 
-def test_an_interval_is_that_of_other_trainings_too():
-    sample = Sample.of({0: measured((4, 2, 4)), 1: measured((2, 1, 2))})  # alike in all images
-    found = estimate(sample, METRICS["accuracy"].compute)
-    assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.75, 1.0))
-    change = difference(sample, sample, METRICS["accuracy"].compute)
-    assert change.value == 0
-    assert change.low < 0 < change.high  # two models that are alike in every seed are no one
+def drawn(*seeds, images=("a", "b", "c")) -> Sample:
+    """A model whose metric is given: for each seed its value, and that of every draw."""
+    return Sample(dict(enumerate(map(np.array, seeds))), tuple((name, 1) for name in images))
+
+
+def itself(values):
+    return values
+
+
+def test_an_interval_is_that_of_other_images_and_trainings():
+    found = estimate(drawn([4.0, 3, 5, 3, 5], [6.0, 5, 7, 5, 7]), itself)
+    # Images: variance 1 of the mean over seeds, 2 degrees of freedom. Seeds: 2 / 2, 1 degree.
+    freedom = (1 + 1) ** 2 / (1 / 2 + 1 / 1)
+    half = student.ppf(0.975, freedom) * 2**0.5
+    assert found[:3] == pytest.approx((5, max(5 - half, 0), 5 + half))
+    assert found.p == pytest.approx(2 * student.sf(5 / 2**0.5, freedom))
+    first, second = drawn([4.0, 3, 5, 3, 5], [6.0, 5, 7, 5, 7]), drawn([3.0, 2, 4, 2, 4])
+    change = difference(first, second, itself)  # the images are hard for both: only seeds count
+    assert change[:3] == pytest.approx((2, 2 - student.ppf(0.975, 1), 2 + student.ppf(0.975, 1)))
+    assert change.seeds == (1,)
+
+
+def test_one_seed_has_an_interval_of_images_and_one_image_has_none():
+    half = student.ppf(0.975, 2)
+    assert estimate(drawn([4.0, 3, 5, 3, 5]), itself)[:3] == pytest.approx((4, 0, 4 + half))
+    found = estimate(drawn([4.0], [5.0], images="a"), itself)
+    assert found.value == 4.5
+    assert np.isnan((found.low, found.high, found.p)).all()
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_methods_that_are_alike_are_told_apart_in_one_of_twenty_studies(seeds):
+    rng = np.random.default_rng(0)
+    images = tuple(map(str, range(56)))
+    wrong = 0
+    for _ in range(500):
+        true, draws = 0.3 * rng.normal(), 0.3 * rng.normal(size=100)  # images, for one of the two
+        trainings = 0.45 * rng.normal(size=(2, seeds, 1))
+        both = [trained + np.concatenate([[0], draws]) + true for trained in trainings[0]]
+        others = [np.repeat(trained, 101) for trained in trainings[1]]
+        wrong += (
+            difference(drawn(*both, images=images), drawn(*others, images=images), itself).sign != 0
+        )
+    assert 0.02 < wrong / 500 < 0.08
+
+
+def test_p_values_corrected_for_their_number():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_only_what_was_measured_on_the_same_images_is_compared():
+    first = Sample.of({0: measured((4, 2, 4))})
+    renamed = measured((4, 2, 4))._replace(names=["a", "b", "d"])
+    with pytest.raises(NucleiError, match="of different images"):
+        difference(first, Sample.of({0: renamed}), METRICS["accuracy"].compute)
+    with pytest.raises(NucleiError, match="of different images"):
+        Sample.of({0: measured((4, 2, 4)), 1: measured((4, 2, 4), nuclei=(4, 2, 5))})
 
 
 def test_merges_and_splits_are_added():

@@ -239,7 +239,10 @@ def _against(
     change = statistics.change(first, second, path)
     interval = change.interval and f" ({change.interval})"
     if change.favours is not None:
-        verdict = f"Clearly in favour of {names[change.favours]}: the interval excludes 0."
+        ahead = names[change.favours]
+        verdict = (
+            f"On other images like these {ahead} would be ahead, too: the interval excludes 0."
+        )
     elif 1 < statistics.n_images < FEW_IMAGES:
         verdict = f"It may be chance: {statistics.n_images} images cannot settle it."
     elif interval:
@@ -272,7 +275,10 @@ def _beside(names: Sequence[str], statistics: Statistics, first: int, second: in
         if k != favoured[MAIN]
     }
     parts = [f"{names[k]} is ahead in: {row}." for k, row in rows.items() if row]
-    remark = f"Among {len(METRICS)} metrics an interval or two may exclude 0 by chance."
+    remark = (
+        f"Among {len(METRICS)} metrics some intervals exclude 0 by chance, more so if another "
+        "training of the same method would find other nuclei."
+    )
     return " ".join([*parts, remark]) if parts else ""
 
 

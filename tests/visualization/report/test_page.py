@@ -69,7 +69,7 @@ def test_it_answers_first(page):
     assert len(minus) == 2
     assert minus[0].startswith("hasty minus careful: \N{MINUS SIGN}0.")
     assert minus[1].startswith("hasty minus careful: +5 (")
-    clear = "Clearly in favour of careful: the interval excludes 0."
+    clear = "On other images like these careful would be ahead, too: the interval excludes 0."
     assert all(text.endswith(clear) for text in minus)
 
 
@@ -89,7 +89,7 @@ def test_a_difference_names_whom_it_favours(html, page):
     assert small.count("in favour of careful") > 5
     assert "in favour of hasty" not in small
     assert "some may do so by chance" in html
-    assert html.lower().count("clearly") == 2  # the answers with a difference
+    assert html.count("careful would be ahead, too") == 2  # the answers with a difference
 
 
 def test_few_images_favour_nobody(few_images):
