@@ -5,8 +5,12 @@ or downloaded.
 """
 
 import sys
+import warnings
 
 __version__ = "0.1.0"
+
+# fvcore compiles two losses when Detectron2 is imported, and our own exports are TorchScript.
+warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
 
 # `python -m nuclei_d2.doctor` has to run where nothing else can be imported.
 if "nuclei_d2.doctor" not in sys.orig_argv:

@@ -11,6 +11,9 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
+import nuclei_d2  # noqa: F401 - first, as it silences what importing Detectron2 prints
+
+# isort: split
 import yaml
 from detectron2.data import DatasetCatalog
 from tabulate import tabulate

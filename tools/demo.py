@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import nuclei_d2  # noqa: F401 - first, as it silences what importing Detectron2 prints
+
+# isort: split
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.structures import Instances

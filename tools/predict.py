@@ -15,6 +15,9 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import nuclei_d2  # noqa: F401 - first, as it silences what importing Detectron2 prints
+
+# isort: split
 from detectron2.config import CfgNode
 from tabulate import tabulate
 from tqdm import tqdm

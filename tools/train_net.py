@@ -7,6 +7,9 @@ tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_fina
 An evaluation in the folder of a training writes into OUTPUT_DIR/evaluation.
 """
 
+import nuclei_d2  # noqa: F401 - first, as it silences what importing Detectron2 prints
+
+# isort: split
 from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import print_csv_format, verify_results
 from detectron2.utils import comm

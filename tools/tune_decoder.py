@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nuclei_d2  # noqa: F401 - first, as it silences what importing Detectron2 prints
+
+# isort: split
 import yaml
 from detectron2.config import CfgNode
 from tabulate import tabulate

@@ -24,6 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nuclei_d2  # noqa: F401 - first, as it silences what importing Detectron2 prints
+
+# isort: split
 import cv2
 import numpy as np
 import tifffile

@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nuclei_d2  # noqa: F401 - first, as it silences what importing Detectron2 prints
+
+# isort: split
 import numpy as np
 import torch
 from benchmark_measure import address_space, measure_run, timed

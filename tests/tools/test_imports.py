@@ -1,0 +1,30 @@
+"""What all tools have in common: their imports print nothing."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from tiny import REPOSITORY
+
+TOOLS = sorted((REPOSITORY / "tools").rglob("*.py"))
+
+
+def imported(path):
+    """Top-level names of what a tool imports, in this order."""
+    for node in ast.parse(path.read_text()).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        yield from (name.split(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_nuclei_d2_is_imported_before_detectron2(path):
+    names = list(imported(path))
+    assert "detectron2" not in names[: names.index("nuclei_d2") if "nuclei_d2" in names else None]
+
+
+def test_nothing_but_the_help_is_printed():
+    tool = str(REPOSITORY / "tools" / "train_net.py")
+    done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
