@@ -1,46 +1,94 @@
 """The paper's section on other data: what was trained or tested on, besides the main question's."""
 
+from collections.abc import Sequence
+
 from nuclei_d2.evaluation.bootstrap import FEW_IMAGES
 from nuclei_d2.study.findings import Findings
-from nuclei_d2.study.plan import Task
+from nuclei_d2.study.plan import Comparison, Task
 from nuclei_d2.study.statistics import METRICS
-from nuclei_d2.study.tables import markdown, number, with_interval
+from nuclei_d2.study.tables import markdown, with_interval
+from nuclei_d2.study.words import digits
+
+# Of the first comparison: what is told of its difference on other data.
+_DIFFERENCES = ("boundary_ap", "accuracy", "merges_and_splits", "not_found")
+
+Place = tuple[Task, str]  # trained on, tested on
 
 
 def other_data(findings: Findings) -> str:
     """A section on all test sets but the main one; empty without others."""
+    study = findings.study
+    places = [
+        (task, test)
+        for task in study.tasks.values()
+        for test in (task.test[:1] if task.ladder else task.test)
+        if findings.images(task, test)
+        and (task.name, test) != (findings.main.name, findings.main.test[0])
+    ]
+    if not places:
+        return ""
+    comparison = next(iter(study.comparisons.values()), None)
+    parts = [
+        "## Other data\n\nThe same models trained on other sets, and tested on their kind and on "
+        "others. Where there is one seed, nothing is claimed, and intervals are those of other "
+        f"images, not of other trainings; with fewer than {FEW_IMAGES} images they are too narrow.",
+        _accuracies(findings, places),
+        _differences(findings, places, comparison) if comparison else "",
+        *(_ladder(findings, task) for task in study.tasks.values() if task.ladder),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _accuracies(findings: Findings, places: Sequence[Place]) -> str:
+    """One row for each place, one column for each model."""
+    models = [*findings.study.models, *findings.study.others]
+    header = [
+        "trained on",
+        "tested on",
+        "images",
+        "seeds",
+        *map(findings.study.model_title, models),
+    ]
+    rows = [
+        [
+            *_place(findings, place),
+            _seeds(findings, place[0]),
+            *(with_interval(findings.estimate(*place, model, "accuracy"), 3) for model in models),
+        ]
+        for place in places
+    ]
+    return f"{METRICS['accuracy'].title}, of every model:\n\n{markdown(header, rows)}"
+
+
+def _differences(findings: Findings, places: Sequence[Place], comparison: Comparison) -> str:
+    """The first comparison, place by place; empty where it was not measured."""
     rows = []
-    for task in findings.study.tasks.values():
-        for test in task.test[:1] if task.ladder else task.test:
-            if (task.name, test) != (findings.main.name, findings.main.test[0]):
-                models = findings.models(task)
-                rows += [_row(findings, task, test, model) for model in models]
+    for place in places:
+        changes = [findings.change(comparison, metric, place) for metric in _DIFFERENCES]
+        if any(change.is_known for change in changes):
+            cells = [
+                with_interval(change, digits(METRICS[metric]), sign=True)
+                for metric, change in zip(_DIFFERENCES, changes, strict=True)
+            ]
+            rows.append([*_place(findings, place), *cells])
     if not rows:
         return ""
-    header = ["trained on", "tested on", "images", "model", "seeds"]
-    header += ["boundary AP, %", "TP / (TP + FP + FN)", "merges", "splits", "not found"]
-    return (
-        "## Other data\n\n"
-        "The same models trained on other sets. Where there is one seed, nothing is claimed, and "
-        "intervals are those of other images, not of other trainings; with fewer than "
-        f"{FEW_IMAGES} images they are too narrow.\n\n{markdown(header, rows)}\n"
-        + "".join(_ladder(findings, task) for task in findings.study.tasks.values() if task.ladder)
-    )
+    titles = map(findings.study.model_title, (comparison.first, comparison.second))
+    header = ["trained on", "tested on", "images"]
+    header += ["boundary AP, points", "TP / (TP + FP + FN)"]
+    header += ["merges and splits per 100 nuclei", "not found per 100 nuclei"]
+    return f"{' minus '.join(titles)}:\n\n{markdown(header, rows)}"
 
 
-def _row(findings: Findings, task: Task, test: str, model: str) -> list[str]:
-    keys = ("boundary_ap", "accuracy", "merges", "splits", "not_found")
-    boundary_ap, accuracy, *errors = (findings.estimate(task, test, model, key) for key in keys)
-    return [
-        task.title or task.name,
-        f"`{test}`",
-        str(len(findings.images(task, test).images)),
-        findings.study.model_title(model),
-        str(findings.seeds(task, model)),
-        with_interval(boundary_ap, 1),
-        with_interval(accuracy, 3),
-        *(number(error.value) for error in errors),
-    ]
+def _place(findings: Findings, place: Place) -> list[str]:
+    task, test = place
+    images = findings.images(task, test)
+    return [task.title or task.name, f"`{test}`", str(len(images.images)) if images else ""]
+
+
+def _seeds(findings: Findings, task: Task) -> str:
+    counts = sorted({findings.seeds(task, model) for model in findings.models(task)})
+    return " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
 
 
 def _ladder(findings: Findings, task: Task) -> str:
@@ -49,15 +97,15 @@ def _ladder(findings: Findings, task: Task) -> str:
     if not steps or not models:
         return ""
     header = ["model", "seeds", *(f"{100 * share:.0f} % touch" for share in steps.values())]
-    text = ""
+    parts = []
     for metric in ("merges_and_splits", "not_found"):
         rows = [
             [findings.study.model_title(model), str(findings.seeds(task, model))]
             + [with_interval(findings.estimate(task, test, model, metric), 1) for test in steps]
             for model in models
         ]
-        text += (
-            f"\n{task.title or task.name}: {METRICS[metric].title} per 100 nuclei, by the share of "
-            f"the nuclei that touch another one.\n\n{markdown(header, rows)}\n"
+        parts.append(
+            f"{task.title or task.name}: {METRICS[metric].title} per 100 nuclei, by the share of "
+            f"the nuclei that touch another one.\n\n{markdown(header, rows)}"
         )
-    return text
+    return "\n\n".join(parts)

@@ -1,6 +1,6 @@
 """A study's results, arranged for its report: who was measured on what, and every number of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from nuclei_d2.study.statistics import (
     TOUCHING_EDGES,
     Estimate,
     Sample,
-    Scores,
     difference,
     estimate,
     holm,
@@ -20,7 +19,6 @@ from nuclei_d2.study.statistics import (
     touching_bins,
 )
 
-Compute = Callable[[Scores], np.ndarray]
 UNKNOWN = Estimate(np.nan, np.nan, np.nan, ())
 ENOUGH_SEEDS = 3  # that both have, for a claim
 
@@ -64,15 +62,19 @@ class Findings:
         """One of :data:`METRICS`; unknown where there is no result."""
         return _estimate(self.sample(task, test, model), metric)
 
-    def change(self, comparison: Comparison, metric: str) -> Estimate:
-        """First minus second on the first test set of the main task; unknown without both."""
-        return self.change_by(comparison, METRICS[metric].compute)
+    def change(
+        self, comparison: Comparison, metric: str, place: tuple[Task, str] | None = None
+    ) -> Estimate:
+        """First minus second; unknown without both.
 
-    def change_by(self, comparison: Comparison, compute: Compute) -> Estimate:
-        """As :meth:`change`, for any function of a run's scores."""
-        test = self.main.test[0]
-        pair = [self.sample(self.main, test, n) for n in (comparison.first, comparison.second)]
-        return difference(*pair, compute) if all(pair) else UNKNOWN
+        Args:
+            comparison: of two models.
+            metric: one of :data:`METRICS`.
+            place: task and test set; else the main task and its first.
+        """
+        task, test = place or (self.main, self.main.test[0])
+        pair = [self.sample(task, test, name) for name in (comparison.first, comparison.second)]
+        return difference(*pair, METRICS[metric].compute) if all(pair) else UNKNOWN
 
     def questions(self) -> list[Comparison]:
         """The comparisons that have enough seeds for a claim."""
@@ -127,18 +129,6 @@ class Findings:
             self.cost(task, model, "iterations"),
         )
         return 60 * minutes / iterations if minutes and iterations else None
-
-    def machines(self) -> list[str]:
-        """Device, threads and PyTorch of the runs, each combination once."""
-        machines: dict[str, None] = {}
-        for run in self.results:
-            device, threads, torch = (
-                run.cost("hardware", key) for key in ("device", "threads", "torch")
-            )
-            threads = threads and f"{threads} CPU thread{'s' if threads > 1 else ''}"
-            torch = torch and f"PyTorch {torch}"
-            machines[", ".join(part for part in (device, threads, torch) if part)] = None
-        return [machine for machine in machines if machine]
 
     def best(self, task: Task, models: Sequence[str]) -> str | None:
         """The model that did best on VAL, mean over seeds; the test images choose nothing.
@@ -226,6 +216,19 @@ def _estimate(sample: Sample | None, metric: str) -> Estimate:
     if sample is None:
         return UNKNOWN
     return estimate(sample, METRICS[metric].compute, METRICS[metric].highest)
+
+
+def machines(runs: Sequence[RunResult]) -> list[str]:
+    """Device, threads and PyTorch of runs, each combination once."""
+    machines: dict[str, None] = {}
+    for run in runs:
+        device, threads, torch = (
+            run.cost("hardware", key) for key in ("device", "threads", "torch")
+        )
+        threads = threads and f"{threads} CPU thread{'s' if threads > 1 else ''}"
+        torch = torch and f"PyTorch {torch}"
+        machines[", ".join(part for part in (device, threads, torch) if part)] = None
+    return [machine for machine in machines if machine]
 
 
 def touching_share(measured: Measured) -> float:

@@ -8,7 +8,7 @@ from string import Template
 from nuclei_d2.evaluation.bootstrap import sample_warning
 from nuclei_d2.study.collect import read_calibration
 from nuclei_d2.study.elsewhere import other_data
-from nuclei_d2.study.findings import Findings, touching_share
+from nuclei_d2.study.findings import Findings, machines, touching_share
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
 from nuclei_d2.study.statistics import METRICS, difference
@@ -284,8 +284,8 @@ def _others(findings: Findings) -> str:
 
 
 def _hardware(findings: Findings) -> str:
-    machines = findings.machines()
-    return f"{'; '.join(machines)}." if machines else "Not recorded."
+    names = machines(findings.results)
+    return f"{'; '.join(names)}." if names else "Not recorded."
 
 
 def _equal_time(findings: Findings) -> str:

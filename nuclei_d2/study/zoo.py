@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nuclei_d2.study.findings import Findings
+from nuclei_d2.study.findings import Findings, machines
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
 from nuclei_d2.study.tables import markdown, number
@@ -110,12 +110,14 @@ def render_readme_block(findings: Findings, page: str) -> str:
     known = findings.models(task)
     names = dict.fromkeys([comparison.second, comparison.first] if comparison else known)
     names |= dict.fromkeys([findings.best(task, known)])
-    rows = [_readme_row(findings, task, name) for name in names if name in known]
+    names = [name for name in names if name in known]
+    rows = [_readme_row(findings, task, name) for name in names]
     images = findings.images(task, task.test[0])
     if not rows or images is None:
         return "No run of the study is done yet."
     nuclei = sum(image.n_gt for image in images.images)
-    seeds = sorted({findings.seeds(task, name) for name in names if name in known})
+    runs = [run for name in names for run in findings.runs(task.name, name)]
+    seeds = sorted({findings.seeds(task, name) for name in names})
     means = (
         f"means of {listed([str(n) for n in seeds])} seeds" if seeds[-1] > 1 else "one seed each"
     )
@@ -127,7 +129,7 @@ def render_readme_block(findings: Findings, page: str) -> str:
     told.append(f"[The study]({page}) says what these numbers mean, and how sure they are.")
     train = listed([f"`{name}`" for name in task.train])
     return (
-        f"Trained from scratch on {train} ({'; '.join(findings.machines())}), {means};\n"
+        f"Trained from scratch on {train} ({'; '.join(machines(runs))}), {means};\n"
         f"numbers on `{task.test[0]}` ({len(images.images)} images, {nuclei:,} nuclei):\n\n"
         f"{markdown(header, rows)}\n\n{' '.join(told)}"
     )

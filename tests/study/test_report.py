@@ -271,8 +271,10 @@ def test_other_test_sets_get_a_table_and_ladders_a_panel(make_study, fabricate):
     fabricate(study, {"mask_rcnn": 1.0})
     page = page_of(study)
     assert "## Other data" in page
-    assert "| a | `u` | 6 | mask_rcnn | 3 |" in page
-    assert "| steps | `v` | 6 | mask_rcnn | 1 |" in page
+    assert "| trained on | tested on | images | seeds | mask_rcnn |" in page
+    assert "| a | `u` | 6 | 3 | 0." in page
+    assert "| steps | `v` | 6 | 1 | 0." in page
+    assert "mask_rcnn minus U-Net:" not in page  # one of them was not run
     assert "`w`" not in page
     assert "Right: nuclei not found in generated images, more and more crowded" in page
     assert "steps: nuclei not found at IoU 0.5 per 100 nuclei" in page
@@ -283,6 +285,22 @@ def test_other_test_sets_get_a_table_and_ladders_a_panel(make_study, fabricate):
     task = study.tasks["steps"]
     errors = Findings(study, runs).estimate(task, "w", "mask_rcnn", "merges_and_splits")
     assert f"| mask_rcnn | 1 | {errors.value:.1f} [{errors.low:.1f}, {errors.high:.1f}] |" in ladder
+
+
+def test_the_first_question_is_asked_of_other_test_sets_too(make_study, fabricate):
+    study = make_study(datasets={"a": {"train": "x", "val": "y", "test": ["t", "u"]}})
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 2.2})
+    table = page_of(study).partition("mask_rcnn minus U-Net:\n\n")[2]
+    findings = Findings(study, load_results(study))
+    comparison = study.comparisons["boundaries"]
+    change = findings.change(comparison, "boundary_ap", (findings.main, "u"))
+    told = f"{change.value:+.1f} [{change.low:+.1f}, {change.high:+.1f}]"
+    assert f"| a | `u` | 6 | {told} | +0." in table
+    of_each = [
+        findings.estimate(findings.main, "u", name, "boundary_ap").value
+        for name in ("mask_rcnn", "unet")
+    ]
+    assert change.value == pytest.approx(of_each[0] - of_each[1])
 
 
 def test_the_command_makes_the_best_model_again(make_study, fabricate):
@@ -317,7 +335,9 @@ def test_the_readme_gets_its_block(make_study, fabricate, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     study = make_study(readme=str(readme))
-    fabricate(study, {"mask_rcnn": 1.0, "unet": 2.0})
+    fabricate(study, {"mask_rcnn": 1.0, "unet": 2.0, "classical": 3.0})
+    path = study.results_dir / "a" / "classical" / "seed0" / "run.json"
+    path.write_text(path.read_text().replace("Test CPU", "CPU of a model that is not in the block"))
     write_report(study, "study.yaml")
     text = readme.read_text()
     start = (
