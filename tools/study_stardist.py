@@ -27,6 +27,7 @@ from stardist.models import Config2D, StarDist2D
 from tqdm import tqdm
 
 STEPS_PER_EPOCH, CALIBRATION_STEPS, WARMUP_STEPS = 100, 60, 10
+WARMUP_IMAGES = 5  # as ours
 
 
 class StepClock(tensorflow.keras.callbacks.Callback):
@@ -71,13 +72,15 @@ def main() -> None:
     epochs = max(1, round(60 * args.minutes / (step * STEPS_PER_EPOCH)))
     model, seconds = train_model(args, "model", train, val, epochs, STEPS_PER_EPOCH)
     thresholds = model.optimize_thresholds(*val)
-    predict_test(model, args.annotations, f"{args.name}_test", args.output / "labels")
+    test = f"{args.name}_test"
+    speed = predict_test(model, args.annotations, test, args.output / "labels")
     summary = {  # named as in the run.json of a study
         "versions": {"stardist": stardist.__version__, "tensorflow": tensorflow.__version__},
         "threads": args.threads,
         "model": {"parameters": model.keras_model.count_params()},
         "iterations": len(seconds),
         "training": {"seconds": sum(seconds)},
+        "evaluation": {test: speed},
         "thresholds": {name: float(value) for name, value in thresholds.items()},
     }
     (args.output / "run.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -134,13 +137,27 @@ def augment(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return image + 0.02 * random.uniform() * random.standard_normal(image.shape), labels
 
 
-def predict_test(model: StarDist2D, annotations: Path, name: str, folder: Path) -> None:
-    """Write a label image, TIFF of 16 bits, for every image of the set."""
+def predict_test(model: StarDist2D, annotations: Path, name: str, folder: Path) -> dict[str, float]:
+    """Write a label image, TIFF of 16 bits, for every image of the set.
+
+    Returns:
+        Images and megapixels per second, by network and suppression.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    seconds, pixels = [], []
     for entry in tqdm(list_images(annotations, name), name, unit="image"):
         path = annotations.parent / entry["file_name"]
-        labels, _ = model.predict_instances(read_grey(path))
+        image = read_grey(path)
+        start = time.perf_counter()
+        labels, _ = model.predict_instances(image)
+        seconds.append(time.perf_counter() - start)
+        pixels.append(image.size)
         Image.fromarray(labels.astype(np.uint16)).save(folder / f"{path.stem}.tif")
+    first = min(WARMUP_IMAGES, len(seconds) - 1)
+    return {
+        "images_per_second": len(seconds[first:]) / sum(seconds[first:]),
+        "megapixels_per_second": sum(pixels[first:]) / 1e6 / sum(seconds[first:]),
+    }
 
 
 if __name__ == "__main__":
