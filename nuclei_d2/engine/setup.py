@@ -95,7 +95,7 @@ def checked_config(args) -> CfgNode:
             "leave the option out, or add MODEL.DEVICE cuda"
         )
     sharing = cfg.SOLVER.REFERENCE_WORLD_SIZE or args.num_gpus * args.num_machines
-    if cfg.SOLVER.IMS_PER_BATCH % max(sharing, 1):
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % max(sharing, 1):
         raise NucleiError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, for {sharing} GPUs; make it a "
             "multiple of their number"

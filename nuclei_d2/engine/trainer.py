@@ -242,12 +242,18 @@ class NucleiTrainer(DefaultTrainer):
 
 
 def _prefetched(cfg: CfgNode) -> int | None:
-    """Images that each worker loads ahead. Detectron2 loads them one by one to group them by
-    shape, so that PyTorch's 2 for each worker may be less than a batch.
+    """Items that each worker loads ahead, None without workers: two batches in all, or more.
+
+    To group images by their shape, Detectron2 loads them one by one, so that PyTorch's 2 for each
+    worker may be less than a batch; else an item is a batch.
     """
     workers = cfg.DATALOADER.NUM_WORKERS
+    if not workers:
+        return None
+    if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        return 2
     images = cfg.SOLVER.IMS_PER_BATCH / comm.get_world_size()
-    return max(2, math.ceil(2 * images / workers)) if workers else None
+    return max(2, math.ceil(2 * images / workers))
 
 
 def _rate_before_scaling(cfg: CfgNode, world_size: int) -> float:

@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -82,7 +82,7 @@ def open_ground_truth(path: str | os.PathLike) -> GroundTruth:
         NucleiError: it is none of them, or its JSON is broken.
     """
     path = Path(path)
-    if _is_label_image(path):
+    if path.is_file() and _is_label_image(path):
         return GroundTruth(str(path), _label_images([path]), {})
     if path.is_file():
         if isinstance(_load_json(path), list):
@@ -103,7 +103,7 @@ def open_predictions(path: str | os.PathLike, truth: GroundTruth) -> Predictions
         NucleiError: also for images that only one of the two has, or unknown ids.
     """
     path = Path(path)
-    if _is_label_image(path):
+    if path.is_file() and _is_label_image(path):
         images = _label_images([path])
         if len(truth.images) == 1:
             images = dict(zip(truth.images, images.values(), strict=True))
@@ -147,13 +147,13 @@ def _check_names(path: Path, images: Iterable[str], truth: GroundTruth) -> None:
 
 
 def _is_label_image(path: Path) -> bool:
-    return path.suffix.lower() in _LABEL_SUFFIXES and path.is_file()
+    return path.suffix.lower() in _LABEL_SUFFIXES and not path.is_dir()
 
 
 def _open_folder(path: Path) -> dict[str, ImageSource]:
     if not path.is_dir():
         raise NucleiError(f"no file or folder {path}")
-    files = sorted(path.iterdir())
+    files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
     images = _label_images([file for file in files if _is_label_image(file)])
     if not images:
         images = _mask_folders(path)
@@ -164,8 +164,7 @@ def _open_folder(path: Path) -> dict[str, ImageSource]:
     return images
 
 
-def _label_images(files: Iterable[Path]) -> dict[str, ImageSource]:
-    files = [file for file in files if not file.name.startswith(".")]
+def _label_images(files: Sequence[Path]) -> dict[str, ImageSource]:
     # Cellpose puts its masks beside the images, tools/predict.py other results beside its labels.
     files = [file for file in files if file.stem.endswith(LABEL_ENDINGS)] or files
     images: dict[str, ImageSource] = {}

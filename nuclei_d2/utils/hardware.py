@@ -66,10 +66,11 @@ def bfloat16_support(cpuinfo: str | os.PathLike = "/proc/cpuinfo") -> str:
     """How SOLVER.AMP.ENABLED does on this CPU, by its instruction sets.
 
     "fast", "slow" or "unknown", with more words. Without AMX a training step took 1.2 to 1.3 times
-    as long in bfloat16 as in float32 (docs/training.md).
+    as long in bfloat16 as in float32 (docs/training.md). Of other CPUs than Linux's x86 nothing is
+    known.
     """
     text = _read(cpuinfo)
-    if not text:
+    if not re.search(r"^flags\s*:", text, re.MULTILINE):
         return "unknown"
     instructions = _bfloat16_instructions(text)
     if instructions == "AMX":

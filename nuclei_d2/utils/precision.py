@@ -13,7 +13,7 @@ _AMPERE = (8, 0)  # compute capability of the first NVIDIA GPUs with bfloat16 (C
 
 
 def has_bfloat16(device: torch.device, key: str) -> bool:
-    """Whether bfloat16 is faster than float32 there.
+    """Whether bfloat16 is known to be faster than float32 there.
 
     Devices without its instructions emulate it; CPUs need AMX to gain from it.
 
@@ -28,7 +28,7 @@ def has_bfloat16(device: torch.device, key: str) -> bool:
         fast = torch.cuda.get_device_capability(device) >= _AMPERE
     if not fast:
         name = {"cpu": "CPU", "cuda": "GPU"}[device.type]
-        words = "bfloat16 is not faster than float32 on this %s: %s is passed over"
+        words = "bfloat16 is not known to be faster than float32 on this %s: %s is passed over"
         _logger.warning(words, name, key)
     return fast
 

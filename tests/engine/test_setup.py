@@ -7,7 +7,7 @@ from pycocotools import mask as mask_util
 from tiny import tiny_args, write_split
 
 from nuclei_d2.config import load_config
-from nuclei_d2.engine.setup import setup
+from nuclei_d2.engine.setup import checked_config, setup
 from nuclei_d2.engine.trainer import NucleiTrainer, evaluate_and_save
 from nuclei_d2.utils.errors import NucleiError
 
@@ -71,6 +71,9 @@ def test_every_gpu_needs_as_many_images(tiny_data, tmp_path, monkeypatch, refere
     opts = ("MODEL.DEVICE", "cuda", "SOLVER.REFERENCE_WORLD_SIZE", reference)
     with pytest.raises(NucleiError, match=r"IMS_PER_BATCH is 3, for 2 GPUs; make it a multiple"):
         tiny_setup(tmp_path, *opts, "SOLVER.IMS_PER_BATCH", "3", num_gpus=2)
+    words = [*opts, "SOLVER.IMS_PER_BATCH", "3", "MODEL.WEIGHTS", "model.pth"]
+    args = tiny_args(tmp_path / "out", *words, num_gpus=2, eval_only=True)
+    assert checked_config(args).SOLVER.IMS_PER_BATCH == 3  # an evaluation has no batch
 
 
 @pytest.mark.parametrize(

@@ -290,9 +290,12 @@ def test_a_loss_that_is_not_finite_stops_with_iteration_and_images(tiny_data, tm
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("workers", "images", "prefetched"), [(4, 16, 8), (8, 2, 2), (0, 2, None)])
+@pytest.mark.parametrize(
+    ("workers", "images", "grouped", "prefetched"),
+    [(4, 16, True, 8), (8, 2, True, 2), (0, 2, True, None), (4, 16, False, 2)],
+)
 def test_workers_load_two_batches_ahead(
-    tiny_data, tmp_path, monkeypatch, workers, images, prefetched
+    tiny_data, tmp_path, monkeypatch, workers, images, grouped, prefetched
 ):
     made = []
     init = DataLoader.__init__
@@ -300,6 +303,7 @@ def test_workers_load_two_batches_ahead(
         DataLoader, "__init__", lambda s, *a, **k: made.append(s) or init(s, *a, **k)
     )
     opts = ("DATALOADER.NUM_WORKERS", workers, "SOLVER.IMS_PER_BATCH", images)
+    opts += ("DATALOADER.ASPECT_RATIO_GROUPING", grouped)
     NucleiTrainer.build_train_loader(tiny_setup(tmp_path, *map(str, opts)))
     assert [loader.prefetch_factor for loader in made] == [prefetched]
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,6 +55,23 @@ def test_one_label_image_belongs_to_one_image_whatever_their_names(tmp_path):
     found = open_predictions(tmp_path / "theirs_masks.tif", truth)
     assert list(truth.images) == list(found.images) == ["mine"]
     assert np.array_equal(found.images["mine"].read().labels[0], labels)
+
+
+def test_a_hidden_label_image_counts_where_it_is_named(tmp_path):
+    Image.fromarray(np.zeros((2, 3), np.uint16)).save(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / ".b.png")
+    truth = open_ground_truth(tmp_path)
+    assert list(truth.images) == ["a"]
+    assert list(open_predictions(tmp_path / ".b.png", truth).images) == ["a"]
+
+
+def test_a_label_image_that_was_not_fetched_is_missed(tmp_path):
+    Image.fromarray(np.zeros((2, 3), np.uint16)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere")
+    truth = open_ground_truth(tmp_path)
+    assert list(truth.images) == ["a", "b"]
+    with pytest.raises(NucleiError, match=r"b\.png"):
+        truth.images["b"].read()
 
 
 def test_one_label_image_is_not_enough_for_a_folder(tmp_path):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
+from tiny import CONFIGS
 
 from nuclei_d2.config import load_config
 from nuclei_d2.data.targets import build_target
@@ -265,6 +266,17 @@ def test_channels_are_last_but_where_group_norm_puts_them_first(norm, device, ch
     kernels = [p for p in model.parameters() if p.dim() == 4 and p.shape[2] > 1 < p.shape[1]]
     last = [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels]
     assert set(last) == {channels_last}
+
+
+def test_an_encoder_without_group_norm_has_its_channels_last():
+    pretrained = ("MODEL.DEVICE", "meta", "MODEL.RESNETS.NORM", "FrozenBN")
+    cfg = load_config(str(CONFIGS / "mask_rcnn.yaml"), pretrained)
+    backbone = build_model(cfg).backbone
+    for part, last in (backbone.bottom_up, True), (backbone.fpn_output2, False):
+        kernels = [p for p in part.parameters() if p.dim() == 4 and p.shape[2] > 1]
+        assert kernels
+        for kernel in kernels:
+            assert kernel.is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_the_network_of_the_paper_has_its_channels_and_strides():

@@ -32,6 +32,8 @@ def test_bfloat16_by_the_cpu_flags(tmp_path, flags, answer):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
     assert bfloat16_support(tmp_path / "cpuinfo") == answer
     assert bfloat16_support(tmp_path / "nowhere") == "unknown"
+    (tmp_path / "cpuinfo").write_text("processor : 0\nFeatures : fp asimd svebf16 bf16\n")
+    assert bfloat16_support(tmp_path / "cpuinfo") == "unknown"  # an Arm CPU
 
 
 @pytest.mark.parametrize("available", [True, False])

@@ -16,7 +16,8 @@ def build_model(cfg: CfgNode) -> torch.nn.Module:
     """Detectron2's ``build_model``, for training and inference alike, channels last in memory.
 
     Convolutions in bfloat16 are faster that way, on CPUs with such instructions and on GPUs. There
-    group norm gives its output channels first, so that each would be turned round twice.
+    group norm gives its output channels first, so that each would be turned round twice: channels
+    stay first, but in an encoder without it.
 
     Raises:
         NucleiError: the backbone does not make what the rest of the model takes.
@@ -38,10 +39,15 @@ def build_model(cfg: CfgNode) -> torch.nn.Module:
             f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} and the keys that belong to them "
             f"({reason}); begin with a config from configs/"
         ) from error
-    has_group_norm = any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
-    if has_group_norm and torch.device(cfg.MODEL.DEVICE).type != "cpu":
-        return model
-    return model.to(memory_format=torch.channels_last)
+    backbone = getattr(model, "backbone", model)  # the classical baseline has none
+    for part in (model, getattr(backbone, "bottom_up", backbone)):
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu" or not _has_group_norm(part):
+            part.to(memory_format=torch.channels_last)
+    return model
+
+
+def _has_group_norm(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
 
 
 def _taken_features(cfg: CfgNode) -> set[str]:

@@ -209,7 +209,9 @@ class UNet(nn.Module):
                 for image in images
             ]
         )
-        features = self.backbone(batch.contiguous(memory_format=torch.channels_last))
+        if batch.device.type == "cpu":  # convolutions are faster there
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        features = self.backbone(batch)
         return self.head({**features, "image": batch}).float()
 
     def _stack(self, maps: Sequence[Tensor], size: Sequence[int], fill: int) -> Tensor:

@@ -129,7 +129,7 @@ def _image_beside(truth: GroundTruth, name: str, source: ImageSource) -> Path | 
         candidates = [Path(file), root.parent.parent / os.path.relpath(file, root.parent)]
     else:
         own = Path(source.where)
-        folders = [root.parent / "images", root, own / "images"]
+        folders = [root.parent / "images", own.parent, own / "images"]
         candidates = [folder / f"{name}{suffix}" for folder in folders for suffix in IMAGE_SUFFIXES]
         candidates = [path for path in candidates if path != own.absolute()]
     return next((path for path in candidates if path.is_file()), None)

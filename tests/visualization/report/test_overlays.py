@@ -141,6 +141,15 @@ def test_images_beside_the_ground_truth(save, tmp_path, root, nuclei, image):
     assert (name, str(file)) == ("a", str(tmp_path / image))
 
 
+def test_the_image_beside_one_mask_of_cellpose(save, tmp_path):
+    save("a_masks.png")
+    save("a.png")
+    truth = open_ground_truth(tmp_path / "a_masks.png")
+    assert {name: str(f) for name, f in find_raw_images(truth).items()} == {
+        "a": str(tmp_path / "a.png")
+    }
+
+
 def test_images_in_a_folder(save, tmp_path):
     for name in ("labels/a.png", "labels/b.png", "raw/a.tif", "raw/deep/b.png", "raw/other.png"):
         save(name)
