@@ -15,6 +15,7 @@ Needs the label images that datasets/prepare_*.py write.
 
 import argparse
 import json
+import platform
 import time
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def main() -> None:
     speed = predict_test(model, args.annotations, test, args.output / "labels")
     summary = {  # named as in the run.json of a study
         "versions": {"stardist": stardist.__version__, "tensorflow": tensorflow.__version__},
-        "threads": args.threads,
+        "hardware": {"device": cpu_name(), "threads": args.threads},
         "model": {"parameters": model.keras_model.count_params()},
         "iterations": len(seconds),
         "training": {"seconds": sum(seconds)},
@@ -85,6 +86,16 @@ def main() -> None:
     }
     (args.output / "run.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary))
+
+
+def cpu_name() -> str:
+    """The CPU's model name, or else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def read_split(annotations: Path, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:

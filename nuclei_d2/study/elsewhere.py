@@ -6,7 +6,7 @@ from nuclei_d2.evaluation.bootstrap import FEW_IMAGES
 from nuclei_d2.study.findings import Findings
 from nuclei_d2.study.plan import Comparison, Task
 from nuclei_d2.study.statistics import METRICS
-from nuclei_d2.study.tables import markdown, with_interval
+from nuclei_d2.study.tables import markdown, number, with_interval
 from nuclei_d2.study.words import digits
 
 # Of the first comparison: what is told of its difference on other data.
@@ -17,26 +17,43 @@ Place = tuple[Task, str]  # trained on, tested on
 
 def other_data(findings: Findings) -> str:
     """A section on all test sets but the main one; empty without others."""
-    study = findings.study
-    places = [
-        (task, test)
-        for task in study.tasks.values()
-        for test in (task.test[:1] if task.ladder else task.test)
-        if findings.images(task, test)
-        and (task.name, test) != (findings.main.name, findings.main.test[0])
-    ]
+    study, places = findings.study, _places(findings)
     if not places:
         return ""
     comparison = next(iter(study.comparisons.values()), None)
     parts = [
         "## Other data\n\nThe same models trained on other sets, and tested on their kind and on "
-        "others. Where there is one seed, nothing is claimed, and intervals are those of other "
+        "others. Nothing is claimed here. Where there is one seed, intervals are those of other "
         f"images, not of other trainings; with fewer than {FEW_IMAGES} images they are too narrow.",
         _accuracies(findings, places),
         _differences(findings, places, comparison) if comparison else "",
         *(_ladder(findings, task) for task in study.tasks.values() if task.ladder),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def range_elsewhere(findings: Findings, comparison: Comparison) -> str:
+    """Between what a comparison's differences lie on other data; empty without any."""
+    told = []
+    for metric, name in ("boundary_ap", "boundary AP, points"), ("not_found", "nuclei not found"):
+        changes = [findings.change(comparison, metric, place) for place in _places(findings)]
+        values = [change.value for change in changes if change.is_known]
+        if values:
+            n = digits(METRICS[metric])
+            ends = [number(end, n, sign=True) for end in (min(values), max(values))]
+            told.append(f"{name}, {' to '.join(ends)}")
+    return f"on [other data](#other-data), no claim: {'; '.join(told)}" if told else ""
+
+
+def _places(findings: Findings) -> list[Place]:
+    """What was measured besides the main question's; of ladders the first test set."""
+    main = findings.main.name, findings.main.test[0]
+    return [
+        (task, test)
+        for task in findings.study.tasks.values()
+        for test in (task.test[:1] if task.ladder else task.test)
+        if findings.images(task, test) and (task.name, test) != main
+    ]
 
 
 def _accuracies(findings: Findings, places: Sequence[Place]) -> str:
@@ -87,8 +104,10 @@ def _place(findings: Findings, place: Place) -> list[str]:
 
 
 def _seeds(findings: Findings, task: Task) -> str:
-    counts = sorted({findings.seeds(task, model) for model in findings.models(task)})
-    return " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+    models = findings.models(task)
+    trained = [m for m in models if findings.cost(task, m, "iterations") is not None]
+    counts = [findings.seeds(task, model) for model in trained or models]
+    return " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts))))
 
 
 def _ladder(findings: Findings, task: Task) -> str:

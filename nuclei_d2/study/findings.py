@@ -107,13 +107,13 @@ class Findings:
         return 1 / speed if speed else None
 
     def speed(self, task: Task, model: str, unit: str) -> float | None:
-        """ "images" or "megapixels" per second, of the seed that other programs disturbed least."""
+        """ "images" or "megapixels" per second, of the fastest seed."""
         place = "evaluation", task.test[0], f"{unit}_per_second"
         speeds = [run.cost(*place) for run in self.runs(task.name, model)]
         return max((speed for speed in speeds if speed is not None), default=None)
 
     def training_minutes(self, task: Task, model: str) -> float | None:
-        """Without validation; of the seed that other programs disturbed least."""
+        """Without validation; of the fastest seed, as other programs disturb."""
         known = [run.cost("training", "seconds") for run in self.runs(task.name, model)]
         known = [seconds for seconds in known if seconds is not None]
         return min(known) / 60 if known else None
@@ -193,7 +193,7 @@ class Findings:
     def curve(self, task: Task, model: str, metric: str = "segm/AP") -> list[tuple[float, float]]:
         """(minutes of training, a number on VAL), mean over seeds, in order.
 
-        The minutes are those of the seed that other programs disturbed least.
+        The minutes are those of the fastest seed.
         """
         curves = [run.info.get("curve") or [] for run in self.runs(task.name, model)]
         curves = [[row for row in curve if row.get(metric) is not None] for curve in curves]
@@ -219,15 +219,19 @@ def _estimate(sample: Sample | None, metric: str) -> Estimate:
 
 
 def machines(runs: Sequence[RunResult]) -> list[str]:
-    """Device, threads and PyTorch of runs, each combination once."""
+    """Device, threads, PyTorch and precision of trained runs, each combination once."""
     machines: dict[str, None] = {}
     for run in runs:
         device, threads, torch = (
             run.cost("hardware", key) for key in ("device", "threads", "torch")
         )
+        if run.cost("iterations") is None:
+            continue
         threads = threads and f"{threads} CPU thread{'s' if threads > 1 else ''}"
         torch = torch and f"PyTorch {torch}"
-        machines[", ".join(part for part in (device, threads, torch) if part)] = None
+        precision = run.cost("training", "precision")
+        parts = (device, threads, torch, precision)
+        machines[", ".join(part for part in parts if part)] = None
     return [machine for machine in machines if machine]
 
 

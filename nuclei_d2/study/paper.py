@@ -7,7 +7,7 @@ from string import Template
 
 from nuclei_d2.evaluation.bootstrap import sample_warning
 from nuclei_d2.study.collect import read_calibration
-from nuclei_d2.study.elsewhere import other_data
+from nuclei_d2.study.elsewhere import other_data, range_elsewhere
 from nuclei_d2.study.findings import Findings, machines, touching_share
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
@@ -16,7 +16,10 @@ from nuclei_d2.study.tables import markdown, number, seed_range, with_interval
 from nuclei_d2.study.words import answer, change_line, cost_sentence, listed, recipe, verdict
 
 # Metrics told after the answer.
-_FOLLOWING = ("boundary_ap", "accuracy", "ap", "merges", "splits", "not_found")
+_FOLLOWING = (
+    *("boundary_ap", "boundary_f1", "boundary_hd95", "accuracy", "ap"),
+    *("merges", "splits", "not_found"),
+)
 _METRICS_PAGE = Path("docs/metrics.md")
 
 
@@ -55,6 +58,7 @@ def render_paper(findings: Findings, study_file: str, page: Path, tables: Path) 
         hardware=_hardware(findings),
         seeds=_count(_most_seeds(findings), "training"),
         equal_time=_equal_time(findings),
+        caveats="\n".join(f"- {caveat}" for caveat in study.caveats),
         others=_others(findings),
         rebuild=_rebuild(findings),
     )
@@ -113,7 +117,7 @@ def _following(findings: Findings) -> str:
     comparison = next(iter(findings.study.comparisons.values()))
     others = (metric for metric in _FOLLOWING if metric != comparison.metric)
     lines = [change_line(findings, comparison, metric) for metric in others]
-    told = [f"- {line}" for line in lines if line]
+    told = [f"- {line}" for line in (*lines, range_elsewhere(findings, comparison)) if line]
     if not told:
         return ""
     title, other = map(findings.study.model_title, (comparison.first, comparison.second))
@@ -211,7 +215,7 @@ def _row(findings: Findings, task: Task, model: str) -> list[str]:
         number(found["merges"].value),
         number(found["splits"].value),
         number(found["not_found"].value),
-        number(findings.seconds_per_megapixel(task, model)),
+        number(findings.seconds_per_megapixel(task, model), 2),
         "" if parameters is None else number(parameters / 1e6),
     ]
 
@@ -221,9 +225,12 @@ def _row(findings: Findings, task: Task, model: str) -> list[str]:
 
 def _models(findings: Findings) -> str:
     study = findings.study
-    lines = [f"- {model.title or name}: {recipe(model)}" for name, model in study.models.items()]
-    lines += [f"- {o.title or o.name}: predictions of that program" for o in study.others.values()]
-    return "\n".join(lines)
+    rows = [(model, recipe(model)) for model in study.models.values()]
+    rows += [(other, "predictions of that program") for other in study.others.values()]
+    return "\n".join(
+        f"- {named.title or named.name}{f', {named.about}' if named.about else ''}: {made}"
+        for named, made in rows
+    )
 
 
 def _training(findings: Findings) -> str:
@@ -239,15 +246,14 @@ def _training(findings: Findings) -> str:
             if model and model.steps_of:
                 other = study.model_title(model.steps_of)
                 text += f" {study.model_title(model.name)} got the number of steps of {other}."
-    minutes = {model: findings.training_minutes(task, model) for model in findings.models(task)}
+    own = [model for model in findings.models(task) if model in study.models]
+    minutes = {model: findings.training_minutes(task, model) for model in own}
     told = [
         f"{number(value)} ({study.model_title(model)})" for model, value in minutes.items() if value
     ]
     if told:
-        text += (
-            f" Later steps, and other work on the machine, made it {listed(told)} minutes in the "
-            "seed that was disturbed least: medians of 20 steps, summed."
-        )
+        by = "Later steps, and other work on the machine, made it" if study.budget else "It took"
+        text += f" {by} {listed(told)} minutes in the fastest seed: medians of 20 steps, summed."
     return text
 
 
@@ -279,21 +285,37 @@ def _others(findings: Findings) -> str:
         return ""
     return (
         f" {listed(titles)} came as predictions: by a recipe, thresholds and a choice of weights "
-        "of its own."
+        f"of its own{_versions(findings)}."
     )
 
 
+def _versions(findings: Findings) -> str:
+    """Of other programs, as their ``run.json`` tell: " (stardist 0.9.2)"."""
+    runs = [run for run in findings.results if run.model in findings.study.others]
+    versions = {k: v for run in runs for k, v in (run.cost("versions") or {}).items()}
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f" ({told})" if told else ""
+
+
 def _hardware(findings: Findings) -> str:
-    names = machines(findings.results)
-    return f"{'; '.join(names)}." if names else "Not recorded."
+    by_task = {
+        task.title or task.name: machines([r for r in findings.results if r.task == task.name])
+        for task in findings.study.tasks.values()
+    }
+    titles: dict[str, list[str]] = {}
+    for title, names in by_task.items():
+        for name in names:
+            titles.setdefault(name, []).append(title)
+    told = [f"{name} ({'; '.join(where)})" for name, where in titles.items()]
+    return "\n".join(["", "", *(f"- {line}" for line in told)]) if told else "Not recorded."
 
 
 def _equal_time(findings: Findings) -> str:
     if findings.study.budget is None:
         return ""
     return (
-        "- Equal time is not equal convergence: a slower model made fewer steps. With more time\n"
-        "  the order may change (Figure 2, right)."
+        "- Times are equal by plan only (see Training), and equal time is not equal convergence:\n"
+        "  a slower model made fewer steps. With more time the order may change (Figure 2, right)."
     )
 
 

@@ -23,6 +23,7 @@ class Model:
     name: str
     config: str  # path of a config file
     title: str = ""  # for tables; the name unless given
+    about: str = ""  # what it is, for readers who do not know it: the end of a sentence
     options: dict[str, Any] = field(default_factory=dict)  # config keys and values
     # A model of the same network: a budget gives both the same number of steps, not two numbers
     # that differ by how fast the computer was when each was calibrated.
@@ -58,6 +59,7 @@ class Other:
     task: str
     predictions: tuple[str, ...]  # one for each seed: anything that tools/evaluate.py takes
     title: str = ""
+    about: str = ""  # as that of a model
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Study:
     # The first one is the question of the study.
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     others: dict[str, Other] = field(default_factory=dict)
+    caveats: tuple[str, ...] = ()  # what limits this study, beside what limits every one
     prepare: tuple[dict[str, Any], ...] = ()  # see nuclei_d2.study.datasets
 
     @property
@@ -286,7 +289,7 @@ def _named(path, part: str, entries: Any, kind: type, required: Sequence[str]) -
 def _shapes(content: Mapping[str, Any]) -> dict[str, Any]:
     """Lists as tuples, a single name for a list of one, and an empty mapping for nothing."""
     shapes = {"options": {}} if content.get("options", {}) is None else {}
-    for key in ("train", "test", "models", "seeds", "predictions", "prepare"):
+    for key in ("train", "test", "models", "seeds", "predictions", "caveats", "prepare"):
         if key in content and not isinstance(content[key], dict):
             value = content[key]
             value = value if isinstance(value, list) else [value]

@@ -318,7 +318,7 @@ class Runner:
         if then.get("processor", here) != here:
             self._say(
                 f"{run.key}: gets as many steps as fit the time on {then['processor']}; on {here} "
-                "they may take longer, or shorter"
+                "they may take longer, or shorter, and have another precision"
             )
 
     def _calibrate(self, run: Run, path: Path, folder: Path, locks: Sequence[int]) -> None:

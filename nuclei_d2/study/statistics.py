@@ -4,7 +4,11 @@ Two things make a number uncertain: which images happened to be tested, and whic
 training happened to draw. An interval counts both. The variance of the mean over seeds is that of a
 paired bootstrap over images plus, for each model, that of its seeds divided by their number; the
 quantile is Student's, with the degrees of freedom of Welch and Satterthwaite (B. L. Welch,
-Biometrika 34, 1947), as two or three seeds tell little of their own spread.
+Biometrika 34, 1947), as two or three seeds tell little of their own spread. Trainings count as
+independent, those of one seed too.
+
+Images with many nuclei weigh more: n images tell as much as (sum w)^2 / sum w^2 equal ones
+(L. Kish, Survey Sampling, 1965), with w the nuclei of each.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +20,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from nuclei_d2.evaluation.bootstrap import LEVEL, bootstrap_weights
+from nuclei_d2.evaluation.boundary import TOLERANCE
 from nuclei_d2.evaluation.boundary_ap import RECALLS
 from nuclei_d2.evaluation.matching import IOU_THRESHOLDS
 from nuclei_d2.evaluation.scores import ERRORS, HEADLINE, Path, ScoreTable
@@ -120,12 +125,15 @@ class Metric(NamedTuple):
 
     title: str
     unit: str  # "%", "" (fraction of 1), "px", "per 100 nuclei"
-    compute: Callable[[Scores], np.ndarray]  # (W,)
+    compute: Callable[[Scores], np.ndarray]  # (W,), 0 or more
     higher_is_better: bool = True
+    is_share: bool = False  # of the nuclei
 
     @property
     def highest(self) -> float:
-        """What it can be at most; at least, each can be 0."""
+        """What it can be at most."""
+        if self.is_share:
+            return 100.0
         return {"%": 100.0, "": 1.0}.get(self.unit, np.inf)
 
 
@@ -157,6 +165,11 @@ def _label(path: Path, scores: Scores) -> np.ndarray:
     return scores.at(path)
 
 
+_TITLES: dict[Path, str] = {
+    ("boundary", "f1"): f"boundary F1, within {TOLERANCE:g} px",
+    ("boundary", "hd95"): "distance between outlines of matched nuclei (Hausdorff, 95 %)",
+}
+
 METRICS: dict[str, Metric] = {
     "boundary_ap": Metric("boundary AP (mean of 1, 2 and 3 px)", "%", _boundary_ap),
     **{
@@ -181,10 +194,10 @@ METRICS: dict[str, Metric] = {
         )
         for names in (("merges", "splits"), *((name,) for name in ERRORS))
     },
-    "not_found": Metric("nuclei not found at IoU 0.5", "per 100 nuclei", _not_found, False),
+    "not_found": Metric("nuclei not found at IoU 0.5", "per 100 nuclei", _not_found, False, True),
     **{
         "_".join(path): Metric(
-            " ".join(path),
+            _TITLES.get(path, " ".join(path)),
             "px" if path[-1] == "hd95" else "",
             partial(_label, path),
             path[-1] != "hd95",
@@ -240,6 +253,11 @@ class Sample:
         weights = np.concatenate([np.ones((1, n), np.int64), bootstrap_weights(n)])
         return cls({seed: Scores(part, weights) for seed, part in measured.items()}, images)
 
+    @property
+    def nuclei(self) -> np.ndarray:
+        """(n,) in each image."""
+        return np.array([nuclei for _, nuclei in self.images])
+
     def values(self, compute: Callable[[Scores], np.ndarray]) -> np.ndarray:
         """(seeds, 1 + B, ...) of every seed and weighting."""
         return np.stack([compute(scores) for scores in self.scores.values()])
@@ -254,10 +272,15 @@ _OTHER_IMAGES = (
 def estimate(
     sample: Sample, compute: Callable[[Scores], np.ndarray], highest: float = np.inf
 ) -> Estimate:
-    """A metric (W,) of one model, which is between 0 and ``highest``; so is its interval."""
+    """A metric (W,) of one model, which is between 0 and ``highest``; so is its interval.
+
+    None where the metric is the same in all draws.
+    """
     values = sample.values(compute)
-    found = _summary(values.mean(axis=0), [values[:, 0]], values[:, 0], len(sample.images))
+    found = _summary(values.mean(axis=0), [values[:, 0]], values[:, 0], sample.nuclei)
     low, high = np.clip((found.low, found.high), 0, highest)
+    if low == high:  # such as no merge in any image: other images may have some
+        low = high = np.nan
     return found._replace(low=float(low), high=float(high))
 
 
@@ -275,25 +298,26 @@ def difference(first: Sample, second: Sample, compute: Callable[[Scores], np.nda
     pairs = (first.scores[seed] for seed in common), (second.scores[seed] for seed in common)
     seeds = [compute(x)[0] - compute(y)[0] for x, y in zip(*pairs, strict=True)]
     trainings = [part[:, 0] for part in values]
-    return _summary(mean, trainings, np.array(seeds), len(first.images))
+    return _summary(mean, trainings, np.array(seeds), first.nuclei)
 
 
 def _summary(
-    mean: np.ndarray, trainings: Sequence[np.ndarray], seeds: np.ndarray, n_images: int
+    mean: np.ndarray, trainings: Sequence[np.ndarray], seeds: np.ndarray, nuclei: np.ndarray
 ) -> Estimate:
     """
     Args:
         mean: (1 + B,) over seeds, of every weighting.
         trainings: of each model that it is made of, (its seeds,) numbers.
         seeds: of equal seeds.
-        n_images: in the test set.
+        nuclei: (n,) in each image of the test set.
     """
     draws = mean[1:][np.isfinite(mean[1:])]
     if not draws.size:
         return Estimate(float(mean[0]), np.nan, np.nan, tuple(seeds.tolist()))
     several = [part for part in trainings if len(part) > 1]
     # Variances of the mean, and the degrees of freedom that each was estimated with.
-    parts = [(draws.var(), n_images - 1)]
+    n = len(nuclei)  # a bootstrap's variance is too small by (n - 1) / n
+    parts = [(draws.var() * n / (n - 1), max(equal_images(nuclei) - 1, 1))]
     parts += [(part.var(ddof=1) / len(part), len(part) - 1) for part in several]
     variance = sum(part for part, _ in parts)
     if variance == 0:
@@ -304,6 +328,12 @@ def _summary(
     p = 2 * student.sf(abs(mean[0]) / np.sqrt(variance), freedom)
     ends = float(mean[0] - half), float(mean[0] + half)
     return Estimate(float(mean[0]), *ends, tuple(seeds.tolist()), float(p))
+
+
+def equal_images(nuclei: np.ndarray) -> float:
+    """How many images with equally many nuclei tell as much as those with ``nuclei`` (n,)."""
+    total = nuclei.sum()
+    return float(total**2 / np.square(nuclei).sum()) if total else float(len(nuclei))
 
 
 def holm(p: Sequence[float]) -> list[float]:

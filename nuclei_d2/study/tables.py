@@ -108,6 +108,7 @@ _COSTS = {
     "device": ("hardware", "device"),
     "threads": ("hardware", "threads"),
     "torch": ("hardware", "torch"),
+    "precision": ("training", "precision"),
     "parameters": ("model", "parameters"),
     "multiply_adds": ("model", "flops"),
     "iterations": ("iterations",),

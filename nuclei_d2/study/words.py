@@ -15,15 +15,15 @@ _OPENINGS = {
     "few seeds": "Too few seeds: no claim.",
     "better": "Yes, here.",
     "worse": "No, the reverse.",
-    "likely better": "It seems so.",
-    "likely worse": "It seems not; rather the reverse.",
-    "unsure": "Perhaps.",
+    "likely better": "Perhaps.",
+    "likely worse": "Perhaps the reverse.",
+    "unsure": "The trainings disagree.",
     "none": "Not that we can tell.",
 }
 _REASONS = {
     "unknown": "",
     "one image": "One image cannot tell what others would.",
-    "few seeds": "One or two trainings of each cannot tell a method from luck.",
+    "few seeds": "Fewer than three trainings of a model cannot tell a method from luck.",
     "better": "The interval excludes zero, and every seed agrees.",
     "worse": "The interval excludes zero, and every seed agrees.",
     "unsure": "The interval excludes zero, but not every seed agrees.",
@@ -35,6 +35,8 @@ _PHRASES = {
     "few seeds": "too few seeds, no claim",
     "better": "better",
     "worse": "worse",
+    "likely better": "perhaps better, see below",
+    "likely worse": "perhaps worse, see below",
     "unsure": "better or worse, by seed",
     "none": "no difference shown",
 }
@@ -59,8 +61,8 @@ def verdict(change: Estimate, higher_is_better: bool = True) -> str:
 
 
 def digits(metric: Metric) -> int:
-    """After the point: fractions of 1 have three."""
-    return 1 if metric.unit else 3
+    """After the point: percent have one, counts per 100 nuclei and pixels two, fractions three."""
+    return {"%": 1, "": 3}.get(metric.unit, 2)
 
 
 def unit(metric: Metric) -> str:
@@ -85,7 +87,12 @@ def short_answer(findings: Findings, comparison: Comparison) -> str:
         return told
     metric = METRICS[comparison.metric]
     value = with_interval(change, digits(metric), sign=True)
-    return f"{told} {metric.title[0].upper()}{metric.title[1:]}: {value}{unit(metric)}."
+    told += f" {metric.title[0].upper()}{metric.title[1:]}: {value}{unit(metric)}"
+    if not kind.startswith("likely"):
+        return f"{told}."
+    return (
+        f"{told}; corrected for {len(findings.questions())} questions, {_p(findings, comparison)}."
+    )
 
 
 def _judge(findings: Findings, comparison: Comparison) -> tuple[Estimate, str]:
@@ -103,17 +110,21 @@ def _reason(findings: Findings, comparison: Comparison, kind: str) -> str:
     reason = _REASONS[kind.removeprefix("likely ")]
     asked = len(findings.questions())
     if kind in ("better", "worse") and asked > 1:
-        p = number(findings.corrected_p(comparison), 3)
         reason += (
-            f" So it stays if corrected for the {asked} questions of this page (Holm, p = {p})."
+            f" So it stays if corrected for the {asked} questions that this page can answer "
+            f"(Holm, {_p(findings, comparison)})."
         )
     elif kind.startswith("likely"):
-        p = number(findings.corrected_p(comparison), 3)
         reason += (
-            f" But {asked} questions are asked on this page; corrected for that, it may be chance "
-            f"(Holm, p = {p})."
+            f" But this page answers {asked} questions; corrected for that, it may be chance "
+            f"(Holm, {_p(findings, comparison)})."
         )
     return reason
+
+
+def _p(findings: Findings, comparison: Comparison) -> str:
+    p = findings.corrected_p(comparison)
+    return f"p = {number(p, 3)}" if p >= 0.001 else "p < 0.001"
 
 
 def _numbers(findings: Findings, comparison: Comparison, change: Estimate) -> str:
@@ -130,8 +141,17 @@ def _numbers(findings: Findings, comparison: Comparison, change: Estimate) -> st
     return (
         f"In {kind.title}, {title} reaches {number(first, n)} and {other} {number(second, n)}: "
         f"{number(change.value, n, sign=True)}{unit(kind)}{interval}"
-        f"{f', seeds {seeds}' if seeds else ''}."
+        f"{f', seeds {seeds}' if seeds else ''}.{_unequal_times(findings, comparison)}"
     )
+
+
+def _unequal_times(findings: Findings, comparison: Comparison) -> str:
+    """A sentence where a budget did not give both the same time."""
+    names = comparison.first, comparison.second
+    minutes = [findings.training_minutes(findings.main, name) for name in names]
+    if findings.study.budget is None or not all(minutes) or max(minutes) < 1.05 * min(minutes):
+        return ""
+    return f" They were trained for {number(minutes[0])} and {number(minutes[1])} minutes."
 
 
 def change_line(findings: Findings, comparison: Comparison, metric: str) -> str:
@@ -139,10 +159,19 @@ def change_line(findings: Findings, comparison: Comparison, metric: str) -> str:
     change, kind = findings.change(comparison, metric), METRICS[metric]
     if not change.is_known:
         return ""
+    pair = (comparison.first, comparison.second, metric)
+    asked = [
+        c for c in findings.study.comparisons.values() if (c.first, c.second, c.metric) == pair
+    ]
+    found = _judge(findings, asked[0])[1] if asked else verdict(change, kind.higher_is_better)
     name = f"{kind.title} {kind.unit}" if kind.unit.startswith("per") else kind.title
     value = with_interval(change, digits(kind), sign=True)
-    phrase = _PHRASES[verdict(change, kind.higher_is_better)]
-    return f"{name}: {value}{unit(kind) if kind.unit == '%' else ''}, {phrase}"
+    return f"{name}: {value}{_suffix(kind)}, {_PHRASES[found]}"
+
+
+def _suffix(metric: Metric) -> str:
+    """The unit behind a number, where the metric's name does not have it."""
+    return "" if metric.unit.startswith("per") else unit(metric)
 
 
 def cost_sentence(findings: Findings, comparison: Comparison) -> str:

@@ -15,6 +15,7 @@ from nuclei_d2.study.statistics import (
     Sample,
     Scores,
     difference,
+    equal_images,
     estimate,
     holm,
     part_of,
@@ -110,11 +111,12 @@ def itself(values):
 
 def test_an_interval_is_that_of_other_images_and_trainings():
     found = estimate(drawn([4.0, 3, 5, 3, 5], [6.0, 5, 7, 5, 7]), itself)
-    # Images: variance 1 of the mean over seeds, 2 degrees of freedom. Seeds: 2 / 2, 1 degree.
-    freedom = (1 + 1) ** 2 / (1 / 2 + 1 / 1)
-    half = student.ppf(0.975, freedom) * 2**0.5
+    # Images: variance 1 of the draws of three, 3 / 2 of other images, 2 degrees of freedom. Seeds:
+    # 2 / 2, 1 degree.
+    freedom = (1.5 + 1) ** 2 / (1.5**2 / 2 + 1 / 1)
+    half = student.ppf(0.975, freedom) * 2.5**0.5
     assert found[:3] == pytest.approx((5, max(5 - half, 0), 5 + half))
-    assert found.p == pytest.approx(2 * student.sf(5 / 2**0.5, freedom))
+    assert found.p == pytest.approx(2 * student.sf(5 / 2.5**0.5, freedom))
     first, second = drawn([4.0, 3, 5, 3, 5], [6.0, 5, 7, 5, 7]), drawn([3.0, 2, 4, 2, 4])
     change = difference(first, second, itself)  # the images are hard for both: only seeds count
     assert change[:3] == pytest.approx((2, 2 - student.ppf(0.975, 1), 2 + student.ppf(0.975, 1)))
@@ -122,11 +124,31 @@ def test_an_interval_is_that_of_other_images_and_trainings():
 
 
 def test_one_seed_has_an_interval_of_images_and_one_image_has_none():
-    half = student.ppf(0.975, 2)
+    half = student.ppf(0.975, 2) * 1.5**0.5
     assert estimate(drawn([4.0, 3, 5, 3, 5]), itself)[:3] == pytest.approx((4, 0, 4 + half))
     found = estimate(drawn([4.0], [5.0], images="a"), itself)
     assert found.value == 4.5
     assert np.isnan((found.low, found.high, found.p)).all()
+
+
+def test_an_image_of_most_nuclei_counts_most():
+    assert equal_images(np.array([5, 5, 5, 5])) == 4
+    assert equal_images(np.array([90, 1, 1])) == pytest.approx(92**2 / 8102)
+    assert equal_images(np.array([0, 0])) == 2
+    uneven = Sample({0: np.array([4.0, 3, 5, 3, 5])}, (("a", 90), ("b", 1), ("c", 1)))
+    half = student.ppf(0.975, 1) * 1.5**0.5  # one degree of freedom at least
+    assert estimate(uneven, itself).high == pytest.approx(4 + half)
+
+
+def test_what_never_varied_has_no_interval():
+    found = estimate(drawn([0.0, 0, 0, 0, 0]), itself)  # other images may have one
+    assert found.value == 0
+    assert np.isnan((found.low, found.high)).all()
+
+
+def test_no_more_than_all_nuclei_can_be_missing():
+    assert METRICS["not_found"].highest == METRICS["ap"].highest == 100
+    assert METRICS["merges"].highest == METRICS["boundary_hd95"].highest == np.inf
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
