@@ -7,7 +7,7 @@ from nuclei_d2.study.findings import Findings
 from nuclei_d2.study.plan import Comparison, Task
 from nuclei_d2.study.statistics import METRICS
 from nuclei_d2.study.tables import markdown, number, with_interval
-from nuclei_d2.study.words import digits
+from nuclei_d2.study.words import digits, unit
 
 # Of the first comparison: what is told of its difference on other data.
 _DIFFERENCES = ("boundary_ap", "accuracy", "merges_and_splits", "not_found")
@@ -35,13 +35,13 @@ def other_data(findings: Findings) -> str:
 def range_elsewhere(findings: Findings, comparison: Comparison) -> str:
     """Between what a comparison's differences lie on other data; empty without any."""
     told = []
-    for metric, name in ("boundary_ap", "boundary AP, points"), ("not_found", "nuclei not found"):
+    for metric, name in ("boundary_ap", "boundary AP"), ("not_found", "nuclei not found"):
         changes = [findings.change(comparison, metric, place) for place in _places(findings)]
         values = [change.value for change in changes if change.is_known]
         if values:
             n = digits(METRICS[metric])
             ends = [number(end, n, sign=True) for end in (min(values), max(values))]
-            told.append(f"{name}, {' to '.join(ends)}")
+            told.append(f"{name} {' to '.join(ends)}{unit(METRICS[metric])}")
     return f"on [other data](#other-data), no claim: {'; '.join(told)}" if told else ""
 
 

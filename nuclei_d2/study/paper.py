@@ -228,7 +228,7 @@ def _models(findings: Findings) -> str:
     rows = [(model, recipe(model)) for model in study.models.values()]
     rows += [(other, "predictions of that program") for other in study.others.values()]
     return "\n".join(
-        f"- {named.title or named.name}{f', {named.about}' if named.about else ''}: {made}"
+        f"- **{named.title or named.name}**{f' {named.about}' if named.about else ''}: {made}"
         for named, made in rows
     )
 
@@ -307,7 +307,7 @@ def _hardware(findings: Findings) -> str:
         for name in names:
             titles.setdefault(name, []).append(title)
     told = [f"{name} ({'; '.join(where)})" for name, where in titles.items()]
-    return "\n".join(["", "", *(f"- {line}" for line in told)]) if told else "Not recorded."
+    return "\n".join(f"- {line}" for line in told) if told else "- Not recorded."
 
 
 def _equal_time(findings: Findings) -> str:

@@ -23,7 +23,7 @@ class Model:
     name: str
     config: str  # path of a config file
     title: str = ""  # for tables; the name unless given
-    about: str = ""  # what it is, for readers who do not know it: the end of a sentence
+    about: str = ""  # what it is or does, for readers who do not know it: goes on after the title
     options: dict[str, Any] = field(default_factory=dict)  # config keys and values
     # A model of the same network: a budget gives both the same number of steps, not two numbers
     # that differ by how fast the computer was when each was calibrated.

@@ -158,8 +158,8 @@ def test_the_page_tells_what_models_are_and_what_limits_the_study(make_study, fa
     content["training"]["precision"] = "bfloat16"
     path.write_text(json.dumps(content))
     page = page_of(study)
-    assert "- unet, looks at pixels: `" in page
-    assert "- mask_rcnn: `" in page
+    assert "- **unet** looks at pixels: `" in page
+    assert "- **mask_rcnn**: `" in page
     assert "\n- One eye was closed.\n" in page
     assert "\n- Test CPU, 2 CPU threads, PyTorch 0.0 (a)\n" in page
     assert "\n- Test CPU, 2 CPU threads, PyTorch 0.0, bfloat16 (a)\n" in page
