@@ -194,7 +194,9 @@ METRICS: dict[str, Metric] = {
         )
         for names in (("merges", "splits"), *((name,) for name in ERRORS))
     },
-    "not_found": Metric("nuclei not found at IoU 0.5", "per 100 nuclei", _not_found, False, True),
+    "not_found": Metric(
+        "nuclei not found at IoU 0.5", "per 100 nuclei", _not_found, False, is_share=True
+    ),
     **{
         "_".join(path): Metric(
             _TITLES.get(path, " ".join(path)),
