@@ -36,9 +36,9 @@ class Findings:
         """The first task: the study's question is answered on its first test set."""
         return next(iter(self.study.tasks.values()))
 
-    def runs(self, task: str, model: str) -> list[RunResult]:
-        """By seed."""
-        return [run for run in self.results if (run.task, run.model) == (task, model)]
+    def runs(self, task: str, model: str | None = None) -> list[RunResult]:
+        """By seed; of all models unless one is named."""
+        return [run for run in self.results if run.task == task and model in (None, run.model)]
 
     def models(self, task: Task) -> list[str]:
         """Models and other programs with results, in the order of the study file."""
@@ -219,20 +219,22 @@ def _estimate(sample: Sample | None, metric: str) -> Estimate:
 
 
 def machines(runs: Sequence[RunResult]) -> list[str]:
-    """Device, threads, PyTorch and precision of trained runs, each combination once."""
-    machines: dict[str, None] = {}
-    for run in runs:
+    """Device, threads, PyTorch and precision of runs, each combination once.
+
+    Those of trained runs, if there are any: others have no precision.
+    """
+    trained = [run for run in runs if run.cost("iterations") is not None]
+    names: dict[str, None] = {}
+    for run in trained or runs:
         device, threads, torch = (
             run.cost("hardware", key) for key in ("device", "threads", "torch")
         )
-        if run.cost("iterations") is None:
-            continue
         threads = threads and f"{threads} CPU thread{'s' if threads > 1 else ''}"
         torch = torch and f"PyTorch {torch}"
         precision = run.cost("training", "precision")
         parts = (device, threads, torch, precision)
-        machines[", ".join(part for part in parts if part)] = None
-    return [machine for machine in machines if machine]
+        names[", ".join(part for part in parts if part)] = None
+    return [name for name in names if name]
 
 
 def touching_share(measured: Measured) -> float:

@@ -298,14 +298,10 @@ def _versions(findings: Findings) -> str:
 
 
 def _hardware(findings: Findings) -> str:
-    by_task = {
-        task.title or task.name: machines([r for r in findings.results if r.task == task.name])
-        for task in findings.study.tasks.values()
-    }
     titles: dict[str, list[str]] = {}
-    for title, names in by_task.items():
-        for name in names:
-            titles.setdefault(name, []).append(title)
+    for task in findings.study.tasks.values():
+        for name in machines(findings.runs(task.name)):
+            titles.setdefault(name, []).append(task.title or task.name)
     told = [f"{name} ({'; '.join(where)})" for name, where in titles.items()]
     return "\n".join(f"- {line}" for line in told) if told else "- Not recorded."
 

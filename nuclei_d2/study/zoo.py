@@ -48,7 +48,7 @@ def _zoo_block(findings: Findings) -> str:
     for task in study.tasks.values():
         models = findings.models(task)
         if models:
-            hardware = machines([run for run in findings.results if run.task == task.name])
+            hardware = machines(findings.runs(task.name))
             title = f"### {task.title or task.name}\n\nTested on `{task.test[0]}`."
             title += f" {'; '.join(hardware)}." if hardware else ""
             rows = [_zoo_row(findings, task, model) for model in models]
