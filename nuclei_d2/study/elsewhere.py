@@ -1,16 +1,18 @@
 """The paper's section on other data: what was trained or tested on, besides the main question's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nuclei_d2.evaluation.bootstrap import FEW_IMAGES
 from nuclei_d2.study.findings import Findings
 from nuclei_d2.study.plan import Comparison, Task
-from nuclei_d2.study.statistics import METRICS
+from nuclei_d2.study.statistics import METRICS, Estimate
 from nuclei_d2.study.tables import markdown, number, with_interval
 from nuclei_d2.study.words import digits, unit
 
 # Of the first comparison: what is told of its difference on other data.
 _DIFFERENCES = ("boundary_ap", "accuracy", "merges_and_splits", "not_found")
+# Told at every step of a ladder.
+_LADDER_METRICS = ("merges_and_splits", "not_found")
 
 Place = tuple[Task, str]  # trained on, tested on
 
@@ -27,7 +29,12 @@ def other_data(findings: Findings) -> str:
         f"images, not of other trainings; with fewer than {FEW_IMAGES} images they are too narrow.",
         _accuracies(findings, places),
         _differences(findings, places, comparison) if comparison else "",
-        *(_ladder(findings, task) for task in study.tasks.values() if task.ladder),
+        *(
+            _ladder(findings, task, metric, comparison)
+            for task in study.tasks.values()
+            if task.ladder
+            for metric in _LADDER_METRICS
+        ),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -43,6 +50,28 @@ def range_elsewhere(findings: Findings, comparison: Comparison) -> str:
             ends = [number(end, n, sign=True) for end in (min(values), max(values))]
             told.append(f"{name} {' to '.join(ends)}{unit(METRICS[metric])}")
     return f"on [other data](#other-data), no claim: {'; '.join(told)}" if told else ""
+
+
+def last_steps(findings: Findings, comparison: Comparison) -> list[str]:
+    """A comparison's differences at the last step of each ladder where it was measured."""
+    lines = []
+    for task in findings.study.tasks.values():
+        steps = findings.steps(task) if task.ladder else {}
+        if not steps:
+            continue
+        test, share = [*steps.items()][-1]
+        changes = {m: findings.change(comparison, m, (task, test)) for m in _LADDER_METRICS}
+        if all(change.is_known for change in changes.values()):
+            told = [
+                f"{METRICS[m].title} {with_interval(change, digits(METRICS[m]), sign=True)}"
+                for m, change in changes.items()
+            ]
+            lines.append(
+                f"where {100 * share:.0f} % touch ({task.title or task.name}; "
+                f"seeds: {_common_seeds(changes.values())}), no claim: "
+                f"{'; '.join(told)} per 100 nuclei"
+            )
+    return lines
 
 
 def _places(findings: Findings) -> list[Place]:
@@ -87,14 +116,13 @@ def _differences(findings: Findings, places: Sequence[Place], comparison: Compar
                 with_interval(change, digits(METRICS[metric]), sign=True)
                 for metric, change in zip(_DIFFERENCES, changes, strict=True)
             ]
-            rows.append([*_place(findings, place), *cells])
+            rows.append([*_place(findings, place), _common_seeds(changes), *cells])
     if not rows:
         return ""
-    titles = map(findings.study.model_title, (comparison.first, comparison.second))
-    header = ["trained on", "tested on", "images"]
+    header = ["trained on", "tested on", "images", "seeds"]
     header += ["boundary AP, points", "TP / (TP + FP + FN)"]
     header += ["merges and splits per 100 nuclei", "not found per 100 nuclei"]
-    return f"{' minus '.join(titles)}:\n\n{markdown(header, rows)}"
+    return f"{_minus(findings, comparison)}:\n\n{markdown(header, rows)}"
 
 
 def _place(findings: Findings, place: Place) -> list[str]:
@@ -110,21 +138,33 @@ def _seeds(findings: Findings, task: Task) -> str:
     return " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts))))
 
 
-def _ladder(findings: Findings, task: Task) -> str:
-    """How separation degrades, step by step; empty without results."""
+def _ladder(findings: Findings, task: Task, metric: str, comparison: Comparison | None) -> str:
+    """A metric, step by step, and the comparison's difference in it; empty without results."""
     steps, models = findings.steps(task), findings.models(task)
     if not steps or not models:
         return ""
     header = ["model", "seeds", *(f"{100 * share:.0f} % touch" for share in steps.values())]
-    parts = []
-    for metric in ("merges_and_splits", "not_found"):
-        rows = [
-            [findings.study.model_title(model), str(findings.seeds(task, model))]
-            + [with_interval(findings.estimate(task, test, model, metric), 1) for test in steps]
-            for model in models
-        ]
-        parts.append(
-            f"{task.title or task.name}: {METRICS[metric].title} per 100 nuclei, by the share of "
-            f"the nuclei that touch another one.\n\n{markdown(header, rows)}"
+    rows = [
+        [findings.study.model_title(model), str(findings.seeds(task, model))]
+        + [with_interval(findings.estimate(task, test, model, metric), 1) for test in steps]
+        for model in models
+    ]
+    if comparison and {comparison.first, comparison.second} <= {*models}:
+        changes = [findings.change(comparison, metric, (task, test)) for test in steps]
+        rows.append(
+            [_minus(findings, comparison), _common_seeds(changes)]
+            + [with_interval(change, 1, sign=True) for change in changes]
         )
-    return "\n\n".join(parts)
+    return (
+        f"{task.title or task.name}: {METRICS[metric].title} per 100 nuclei, by the share of "
+        f"the nuclei that touch another one.\n\n{markdown(header, rows)}"
+    )
+
+
+def _minus(findings: Findings, comparison: Comparison) -> str:
+    return " minus ".join(map(findings.study.model_title, (comparison.first, comparison.second)))
+
+
+def _common_seeds(changes: Iterable[Estimate]) -> str:
+    """How many seeds both models of a comparison have."""
+    return str(max(len(change.seeds) for change in changes))

@@ -7,7 +7,7 @@ from string import Template
 
 from nuclei_d2.evaluation.bootstrap import sample_warning
 from nuclei_d2.study.collect import read_calibration
-from nuclei_d2.study.elsewhere import other_data, range_elsewhere
+from nuclei_d2.study.elsewhere import last_steps, other_data, range_elsewhere
 from nuclei_d2.study.findings import Findings, machines, touching_share
 from nuclei_d2.study.plan import Task
 from nuclei_d2.study.rebuild import rebuild_command
@@ -117,7 +117,8 @@ def _following(findings: Findings) -> str:
     comparison = next(iter(findings.study.comparisons.values()))
     others = (metric for metric in _FOLLOWING if metric != comparison.metric)
     lines = [change_line(findings, comparison, metric) for metric in others]
-    told = [f"- {line}" for line in (*lines, range_elsewhere(findings, comparison)) if line]
+    lines += [range_elsewhere(findings, comparison), *last_steps(findings, comparison)]
+    told = [f"- {line}" for line in lines if line]
     if not told:
         return ""
     title, other = map(findings.study.model_title, (comparison.first, comparison.second))

@@ -46,6 +46,7 @@ class Task:
     title: str = ""
     models: tuple[str, ...] = ()  # names; all of the study unless given
     seeds: tuple[int, ...] = ()  # those of the study unless given
+    once: tuple[str, ...] = ()  # models that get the first seed alone, as context for the others
     options: dict[str, Any] = field(default_factory=dict)
     # The tests are steps of growing difficulty, to be drawn as a curve.
     ladder: bool = False
@@ -98,6 +99,11 @@ class Run:
         return self.cfg.MODEL.META_ARCHITECTURE != "Classical"
 
     @property
+    def has_seeds(self) -> bool:
+        """False for what is not trained, or trained with the first seed alone."""
+        return self.is_trained and self.model.name not in self.task.once
+
+    @property
     def has_decoder(self) -> bool:
         """Whether tools/tune_decoder.py can fit it."""
         return self.cfg.MODEL.META_ARCHITECTURE == "UNet"
@@ -142,11 +148,12 @@ class Study:
         """All runs: task by task, and in each every model with the first seed, then the next."""
         runs = []
         for task in self.tasks.values():
-            for seed in task.seeds or self.seeds:
+            first, *_ = seeds = task.seeds or self.seeds
+            for seed in seeds:
                 names = task.models or tuple(self.models)
-                runs += [self.run(task, self.models[name], seed) for name in names]
-        # What is not trained has no seeds.
-        return [run for run in runs if run.is_trained or run.seed == _first_seed(run, self)]
+                of_seed = [self.run(task, self.models[name], seed) for name in names]
+                runs += [run for run in of_seed if run.has_seeds or seed == first]
+        return runs
 
     def run(self, task: Task, model: Model, seed: int) -> Run:
         """One of :meth:`runs`, whether it is among them or not."""
@@ -165,10 +172,6 @@ class Study:
         """What tables call the model or program."""
         named = self.models.get(name) or self.others[name]
         return named.title or name
-
-
-def _first_seed(run: Run, study: Study) -> int:
-    return (run.task.seeds or study.seeds)[0]
 
 
 def option_words(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -289,7 +292,7 @@ def _named(path, part: str, entries: Any, kind: type, required: Sequence[str]) -
 def _shapes(content: Mapping[str, Any]) -> dict[str, Any]:
     """Lists as tuples, a single name for a list of one, and an empty mapping for nothing."""
     shapes = {"options": {}} if content.get("options", {}) is None else {}
-    for key in ("train", "test", "models", "seeds", "predictions", "caveats", "prepare"):
+    for key in ("train", "test", "models", "seeds", "once", "predictions", "caveats", "prepare"):
         if key in content and not isinstance(content[key], dict):
             value = content[key]
             value = value if isinstance(value, list) else [value]
@@ -307,6 +310,9 @@ def _check_names(path, study: Study) -> None:
             raise NucleiError(f"{place}: {same.name} has no number of steps of its own")
     programs = (*study.models, *study.others)
     uses = [(f"datasets.{t.name}.models", t.models, study.models) for t in study.tasks.values()]
+    uses += [
+        (f"datasets.{t.name}.once", t.once, t.models or study.models) for t in study.tasks.values()
+    ]
     uses += [
         (f"comparisons.{c.name}", (c.first, c.second), programs) for c in study.comparisons.values()
     ]

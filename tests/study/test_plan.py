@@ -42,6 +42,17 @@ def test_a_task_can_have_models_and_seeds_of_its_own(study_file):
     assert run.cfg.DATASETS.TEST == ()  # looked at when everything is chosen
 
 
+def test_a_task_can_have_models_with_the_first_seed_alone(study_file):
+    task = {"train": "x", "val": "y", "test": "z", "seeds": [4, 5], "once": "unet"}
+    study = load_study(study_file(datasets={"b": task}))
+    assert [run.key for run in study.runs()] == [
+        "b/classical/seed4",
+        "b/unet/seed4",
+        "b/mask_rcnn/seed4",
+        "b/mask_rcnn/seed5",
+    ]
+
+
 def test_the_model_has_the_last_word_on_options(study_file):
     models = {"m": {"config": str(CONFIGS / "cpu" / "mask_rcnn.yaml"), "options": {"SEED": 7}}}
     models["m"]["options"] = {"INPUT.SCALE": 3}
@@ -80,6 +91,10 @@ def test_a_changed_setting_is_found_and_a_new_key_is_none(study_file):
         (
             {"comparisons": {"q": {"ask": "?", "first": "unet", "second": "stardist"}}},
             "comparisons.q: no 'stardist'; there are classical, unet",
+        ),
+        (
+            {"datasets": {"b": {"train": "x", "val": "y", "test": "z", "once": ["u"]}}},
+            "datasets.b.once: no 'u'; there are classical, unet",
         ),
         ({"comparisons": {"q": {"ask": "?", "first": "unet"}}}, "comparisons.q: second is missing"),
         (

@@ -347,12 +347,36 @@ def test_the_first_question_is_asked_of_other_test_sets_too(make_study, fabricat
     comparison = study.comparisons["boundaries"]
     change = findings.change(comparison, "boundary_ap", (findings.main, "u"))
     told = f"{change.value:+.1f} [{change.low:+.1f}, {change.high:+.1f}]"
-    assert f"| a | `u` | 6 | {told} | +0." in table
+    assert f"| a | `u` | 6 | 3 | {told} | +0." in table
     of_each = [
         findings.estimate(findings.main, "u", name, "boundary_ap").value
         for name in ("mask_rcnn", "unet")
     ]
     assert change.value == pytest.approx(of_each[0] - of_each[1])
+
+
+def test_the_first_question_is_asked_of_every_step_of_a_ladder(make_study, fabricate):
+    asked = {**BOUNDARIES, "first": "unet", "second": "mask_rcnn"}
+    tasks = {
+        "a": {"train": "x", "val": "y", "test": ["t"]},
+        "steps": {"train": "x", "val": "y", "test": ["v", "w"], "ladder": True, "once": ["unet"]},
+    }
+    study = make_study(datasets=tasks, comparisons={"boundaries": asked})
+    fabricate(study, {"mask_rcnn": 0.7, "unet": 4.0})
+    page = page_of(study)
+    ladder = page.partition("steps: nuclei not found at IoU 0.5 per 100 nuclei")[2]
+    findings = Findings(study, load_results(study))
+    place = study.tasks["steps"], "w"
+    change = findings.change(study.comparisons["boundaries"], "not_found", place)
+    of_each = [findings.estimate(*place, name, "not_found").value for name in ("unet", "mask_rcnn")]
+    assert change.value == pytest.approx(of_each[0] - of_each[1])
+    assert change.value > 1
+    told = f"{change.value:+.1f} [{change.low:+.1f}, {change.high:+.1f}]"
+    assert f"\n| U-Net minus mask_rcnn | 1 | {told} |\n" in ladder
+    (line,) = [line for line in page.splitlines() if line.startswith("- where ")]
+    assert "(steps; seeds: 1), no claim: merges and splits " in line
+    told = f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+    assert line.endswith(f"; nuclei not found at IoU 0.5 {told} per 100 nuclei")
 
 
 def test_the_command_makes_the_best_model_again(make_study, fabricate):
