@@ -101,6 +101,11 @@ class Findings:
         known = [value for value in values if isinstance(value, (int, float))]
         return float(np.mean(known)) if known else None
 
+    def least_score(self, task: Task, model: str) -> float | None:
+        """From which predictions count, as chosen on VAL: mean over the seeds."""
+        measured = self.measured(task, task.test[0], model).values()
+        return float(np.mean([m.score_threshold for m in measured])) if measured else None
+
     def seconds_per_megapixel(self, task: Task, model: str) -> float | None:
         """Network and post-processing of the first test set, see :meth:`speed`."""
         speed = self.speed(task, model, "megapixels")

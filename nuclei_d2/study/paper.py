@@ -18,7 +18,7 @@ from nuclei_d2.study.words import answer, change_line, cost_sentence, listed, re
 # Metrics told after the answer.
 _FOLLOWING = (
     *("boundary_ap", "boundary_f1", "boundary_hd95", "accuracy", "ap"),
-    *("merges", "splits", "not_found"),
+    *("merges", "splits", "not_found", "overlooked"),
 )
 _METRICS_PAGE = Path("docs/metrics.md")
 

@@ -64,6 +64,17 @@ class Scores:
             self._aps[name] = 100 * aps
         return self._aps[name]
 
+    def overlooked(self) -> np.ndarray:
+        """(W,) share of the nuclei that no prediction of any score has at IoU 0.5.
+
+        NaN for predictions without scores.
+        """
+        if "mask" not in self._measured.hits:
+            return np.full(len(self._weights), np.nan)
+        owners = self._measured.owner[self._measured.hits["mask"][0]]
+        found = self._weights[:, owners].sum(axis=1)
+        return np.where(self.nuclei > 0, 1 - found / np.maximum(self.nuclei, 1), np.nan)
+
     def recall_by_size(self) -> np.ndarray:
         """(W, 4) share of the nuclei found at IoU 0.5, by ``SIZE_NAMES``."""
         images = self._measured.images
@@ -161,6 +172,10 @@ def _not_found(scores: Scores) -> np.ndarray:
     return 100 * (1 - scores.at(("pooled", "recall", "0.50")))
 
 
+def _overlooked(scores: Scores) -> np.ndarray:
+    return 100 * scores.overlooked()
+
+
 def _label(path: Path, scores: Scores) -> np.ndarray:
     return scores.at(path)
 
@@ -196,6 +211,13 @@ METRICS: dict[str, Metric] = {
     },
     "not_found": Metric(
         "nuclei not found at IoU 0.5", "per 100 nuclei", _not_found, False, is_share=True
+    ),
+    "overlooked": Metric(
+        "nuclei not found at IoU 0.5 whatever the score",
+        "per 100 nuclei",
+        _overlooked,
+        False,
+        is_share=True,
     ),
     **{
         "_".join(path): Metric(

@@ -348,6 +348,10 @@ def test_the_first_question_is_asked_of_other_test_sets_too(make_study, fabricat
     change = findings.change(comparison, "boundary_ap", (findings.main, "u"))
     told = f"{change.value:+.1f} [{change.low:+.1f}, {change.high:+.1f}]"
     assert f"| a | `u` | 6 | 3 | {told} | +0." in table
+    (row,) = [line for line in table.splitlines() if line.startswith("| a | `u` |")]
+    runs = findings.runs("a", "mask_rcnn"), findings.runs("a", "unet")
+    least = [sum(run.tests["u"].score_threshold for run in part) / 3 for part in runs]
+    assert row.endswith(f" | {least[0]:.2f}, {least[1]:.2f} |")
     of_each = [
         findings.estimate(findings.main, "u", name, "boundary_ap").value
         for name in ("mask_rcnn", "unet")
@@ -376,7 +380,8 @@ def test_the_first_question_is_asked_of_every_step_of_a_ladder(make_study, fabri
     (line,) = [line for line in page.splitlines() if line.startswith("- where ")]
     assert "(steps; seeds: 1), no claim: merges and splits " in line
     told = f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
-    assert line.endswith(f"; nuclei not found at IoU 0.5 {told} per 100 nuclei")
+    assert f"; nuclei not found at IoU 0.5 {told}; " in line
+    assert line.endswith(" per 100 nuclei")
 
 
 def test_the_command_makes_the_best_model_again(make_study, fabricate):

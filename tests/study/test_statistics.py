@@ -80,13 +80,27 @@ def test_metrics_of_one_run():
     assert values["ap"] == values["boundary_ap"] == pytest.approx(8100 / 101)
     assert values["pooled_recall_0.50"] == pytest.approx(0.8)
     assert values["not_found"] == pytest.approx(20)
+    assert values["overlooked"] == pytest.approx(20)
     assert scores.recall_by_size()[0].tolist()[0] == pytest.approx(0.8)  # all are small
     assert np.isnan(scores.recall_by_size()[0][1:]).all()
+
+
+def test_overlooked_is_what_no_prediction_has_whatever_its_score():
+    run = measured((4, 0, 4))
+    hits = np.ones((10, 8), bool)
+    hits[0, -1] = False  # of the third image, which counts three times
+    run = run._replace(hits={**run.hits, "mask": hits}, score_threshold=0.99)
+    scores = Scores(run, np.array([[1, 1, 3], [0, 0, 0]]))
+    overlooked = METRICS["overlooked"].compute(scores)
+    assert overlooked[0] == pytest.approx(100 * (2 + 3) / 18)
+    assert np.isnan(overlooked[1])
+    assert METRICS["overlooked"].highest == 100
 
 
 def test_without_scores_there_is_no_ap():
     scores = Scores(measured((4, 0, 4), hits=False), np.ones((1, 3), int))
     assert np.isnan(METRICS["boundary_ap"].compute(scores)).all()
+    assert np.isnan(METRICS["overlooked"].compute(scores)).all()
     assert METRICS["accuracy"].compute(scores)[0] == pytest.approx(0.8)
 
 
