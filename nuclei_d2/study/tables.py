@@ -28,9 +28,11 @@ def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
 
 
 def with_interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
-    """``62.3 [60.1, 64.0]``; the number alone where there is no interval."""
+    """``62.3 [60.1, 64.0]``; the number alone where there is no interval, or nothing varied."""
     if not estimate.is_known:
         return ""
+    if estimate.low == estimate.high:  # other images may vary
+        return number(estimate.value, digits, sign)
     value, low, high = (
         number(v, digits, sign) for v in (estimate.value, estimate.low, estimate.high)
     )

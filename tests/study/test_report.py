@@ -15,6 +15,7 @@ from nuclei_d2.study.findings import Findings, pareto_front, touching_share
 from nuclei_d2.study.plan import load_study
 from nuclei_d2.study.report import write_report
 from nuclei_d2.study.statistics import Estimate
+from nuclei_d2.study.tables import with_interval
 from nuclei_d2.study.words import verdict
 from nuclei_d2.study.zoo import replace_block
 from nuclei_d2.utils.errors import NucleiError
@@ -442,6 +443,13 @@ def test_a_block_needs_both_marks_in_order():
         with pytest.raises(NucleiError, match="in this order"):
             replace_block(text, "a", "x")
     assert replace_block("<!-- a -->\\1<!-- /a -->", "a", "\\2") == "<!-- a -->\n\\2\n<!-- /a -->"
+
+
+def test_an_interval_is_shown_where_something_varied():
+    assert with_interval(Estimate(1.04, 0.96, 1.12, (1.04,)), 1, sign=True) == "+1.0 [+1.0, +1.1]"
+    assert with_interval(Estimate(0.0, 0.0, 0.0, (0.0,)), 1, sign=True) == "0.0"
+    assert with_interval(Estimate(0.5, float("nan"), float("nan"), ()), 1) == "0.5"
+    assert with_interval(Estimate(float("nan"), 0.0, 1.0, ()), 1) == ""
 
 
 def test_the_front_is_what_nothing_beats_in_both():
