@@ -7,16 +7,16 @@ import torch
 from detectron2.structures import Boxes
 from torch.nn import functional as F
 
+from nuclei_d2.structures.compact_masks import CompactMasks
+
 _BATCH_BYTES = 1 << 26  # memory for the samples that paste_masks takes at a time
 _SAMPLE_BYTES = 20  # of one of them: two float32 coordinates, twice while stacked; the value
 
 
-class BoxedMasks:
+class BoxedMasks(CompactMasks):
     """Masks, or uint8 maps, of N instances: zero outside a window of pixels each.
 
-    The interface of :class:`detectron2.structures.BitMasks`, as ``Instances.pred_masks``, for
-    Detectron2's own evaluators and visualizer too, at a memory of the windows instead of N x H x W.
-    Indexing copies N numbers and shares the pixels. Where a tensor is needed: :meth:`to_tensor`.
+    Takes the memory of the windows. Indexing copies N numbers and shares the pixels.
 
     Attributes:
         values: 1-D, bool (masks) or uint8 (maps); the windows' pixels, row by row.
@@ -44,11 +44,6 @@ class BoxedMasks:
         self.windows = windows
         self.image_size = tuple(image_size)
         self.offsets = offsets
-
-    @property
-    def shape(self) -> torch.Size:
-        """(N, H, W), of what :meth:`to_tensor` would return."""
-        return torch.Size((len(self), *self.image_size))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,9 +76,6 @@ class BoxedMasks:
             mask[rows, columns] = pixels
             yield mask
 
-    def __repr__(self) -> str:
-        return f"BoxedMasks(num_instances={len(self)}, image_size={self.image_size})"
-
     def crop(self, k: int) -> tuple[int, int, np.ndarray]:
         """Instance ``k`` of masks on the CPU: top and left pixel of its window, and the pixels.
 
@@ -102,18 +94,6 @@ class BoxedMasks:
             pixels = self.values[start : start + (y2 - y1) * (x2 - x1)]
             yield slice(y1, y2), slice(x1, x2), pixels.view(y2 - y1, x2 - x1)
 
-    def to_tensor(self) -> torch.Tensor:
-        """All instances at once, (N, H, W): N x H x W bytes."""
-        dense = self.values.new_zeros(self.shape)
-        for mask, (rows, columns, pixels) in zip(dense, self._crops(), strict=True):
-            mask[rows, columns] = pixels
-        return dense
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """For ``np.asarray``, as Detectron2's visualizer calls it on ``pred_masks``."""
-        dense = self.to_tensor().cpu().numpy()
-        return dense.astype(dtype or dense.dtype, copy=False)
-
     @staticmethod
     def cat(masks: Sequence["BoxedMasks"]) -> "BoxedMasks":
         """Concatenate instances of images of one size."""
@@ -131,10 +111,6 @@ class BoxedMasks:
         """Nonzero pixels of each instance, int64 (N,)."""
         counts = [pixels.count_nonzero() for _, _, pixels in self._crops()]
         return torch.stack(counts) if counts else self.offsets.new_zeros(0)
-
-    def nonempty(self) -> torch.Tensor:
-        """Whether each instance has a nonzero pixel, bool (N,)."""
-        return self.area() > 0
 
     def get_bounding_boxes(self) -> Boxes:
         """Tight XYXY boxes, x2 and y2 one past the last pixel; zeros where a mask is empty."""

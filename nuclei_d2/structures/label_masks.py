@@ -3,22 +3,22 @@
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-from detectron2.structures import BitMasks, Boxes
+from detectron2.structures import Boxes
 from torchvision.ops import roi_align
+
+from nuclei_d2.structures.compact_masks import CompactMasks
 
 _LAYER_STRIDE = 1 << 32  # above any int32 label: layer * stride + label identifies an instance
 _CHUNK_PIXELS = 1 << 22  # label pixels gathered at a time by crop_and_resize
 
 
-class LabelMasks:
+class LabelMasks(CompactMasks):
     """Masks of N instances: mask k is ``labels[layers[k]] == ids[k]``.
 
-    A drop-in for :class:`detectron2.structures.BitMasks` as ``Instances.gt_masks``, and for a bool
-    tensor as ``Instances.pred_masks`` where no two overlap. Its memory does not grow with N:
-    indexing copies N numbers and shares the label image. An instance may occur several times
-    (sampled proposals repeat their ground truth).
+    As ``Instances.gt_masks``, and as ``Instances.pred_masks`` where no two overlap. Its memory does
+    not grow with N: indexing copies N numbers and shares the label image. An instance may occur
+    several times (sampled proposals repeat their ground truth).
 
     Attributes:
         labels: int32 (L, H, W), 0 = background. L is 1 unless nuclei overlap; overlapping ones lie
@@ -45,9 +45,9 @@ class LabelMasks:
         return self.labels.shape[1:]
 
     @property
-    def shape(self) -> torch.Size:
-        """(N, H, W), of what :meth:`numpy` would return."""
-        return torch.Size((len(self), *self.image_size))
+    def dtype(self) -> torch.dtype:
+        """Of the masks."""
+        return torch.bool
 
     @property
     def device(self) -> torch.device:
@@ -72,32 +72,19 @@ class LabelMasks:
         for index, layer in zip(self.ids, self.layers, strict=True):
             yield self.labels[layer] == index
 
-    def __repr__(self) -> str:
-        return f"LabelMasks(num_instances={len(self)}, image_size={tuple(self.image_size)})"
-
-    def to_bitmasks(self) -> BitMasks:
-        """One bool (H, W) bitmap per instance: N x H x W bytes."""
-        if len(self) == 0:
-            return BitMasks(self.labels.new_zeros((0, *self.image_size), dtype=torch.bool))
-        return BitMasks(torch.stack(list(self)))
-
-    def numpy(self) -> np.ndarray:
-        """All masks at once, bool (N, H, W): N x H x W bytes."""
-        return self.to_bitmasks().tensor.cpu().numpy()
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """For ``np.asarray``, as Detectron2's visualizer calls it on ``pred_masks``."""
-        return self.numpy().astype(dtype or bool, copy=False)
-
     @staticmethod
     def cat(masks: Sequence["LabelMasks"]) -> "LabelMasks":
-        """Concatenate instances of ONE image; ``ValueError`` if the label images differ."""
-        first = masks[0]
-        for other in masks[1:]:
-            if other.labels is not first.labels and not torch.equal(other.labels, first.labels):
-                raise ValueError("LabelMasks.cat joins instances of one image; label images differ")
-        ids = torch.cat([m.ids for m in masks])
-        return LabelMasks(first.labels, ids, torch.cat([m.layers for m in masks]))
+        """Concatenate instances of images of one size; each label image is kept once."""
+        images, layers = [], []
+        for part in masks:
+            same = (k for k, image in enumerate(images) if _is_same(image, part.labels))
+            k = next(same, len(images))
+            if k == len(images):
+                assert not images or images[0].shape[1:] == part.image_size, part.image_size
+                images.append(part.labels)
+            layers.append(part.layers + sum(len(image) for image in images[:k]))
+        labels = torch.cat(images) if len(images) > 1 else images[0]
+        return LabelMasks(labels, torch.cat([m.ids for m in masks]), torch.cat(layers))
 
     def area(self) -> torch.Tensor:
         """Pixels of each mask, int64 (N,)."""
@@ -105,10 +92,6 @@ class LabelMasks:
             return torch.zeros_like(self.ids)
         instance, owner, _, _ = self._pixels()
         return torch.bincount(owner, minlength=len(self))[instance]
-
-    def nonempty(self) -> torch.Tensor:
-        """Whether each mask has a pixel, bool (N,)."""
-        return self.area() > 0
 
     def get_bounding_boxes(self) -> Boxes:
         """Tight XYXY boxes, x2 and y2 one past the last pixel; zeros where a mask is empty."""
@@ -179,6 +162,10 @@ class LabelMasks:
         layer = self.layers[rows][:, None, None]
         window = self.labels[layer, y[:, :, None], x[:, None, :]]
         return (window == self.ids[rows][:, None, None]).float()[:, None]
+
+
+def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first is second or torch.equal(first, second)
 
 
 def _clamp_boxes(boxes: torch.Tensor, image_size: torch.Size) -> torch.Tensor:

@@ -79,7 +79,7 @@ def dataset_dict(tmp_path):
 
 
 def masks_of(output: dict) -> torch.Tensor:
-    return output["instances"].gt_masks.to_bitmasks().tensor
+    return output["instances"].gt_masks.tensor
 
 
 def test_training_output(dataset_dict):

@@ -212,7 +212,7 @@ def test_masks_of_a_label_image_are_encoded_like_bitmaps():
     scores = np.array([0.2, 0.9, 0.5], np.float32)
     found = predictions_from_labels(labels, scores, labels.shape)
     dense = Instances(found.image_size, **found.get_fields())
-    dense.pred_masks = found.pred_masks.to_bitmasks().tensor
+    dense.pred_masks = found.pred_masks.tensor
     written = []
     for predictions in (found, dense):
         evaluator = NucleiCOCOEvaluator("x", max_dets=10)

@@ -88,7 +88,7 @@ def test_masks_are_pasted_as_in_the_original(x, y, width, height, seed):
     probability = torch.rand(1, 7, 7, generator=torch.Generator().manual_seed(seed))
     labels = torch.zeros(size, dtype=torch.int32)
     paste(labels, probability, box, 5)
-    expected = paste_masks(probability, box[None], size).to_tensor()[0]
+    expected = paste_masks(probability, box[None], size).tensor[0]
     assert torch.equal(labels, expected.int() * 5)
 
 

@@ -68,8 +68,8 @@ def test_instances_come_at_the_size_of_the_file(weights, image_file):
     assert instances.pred_boundaries.dtype == torch.uint8
     again = predictor(read_image(image_file))
     assert torch.equal(instances.scores, again.scores)
-    boundaries = instances.pred_boundaries.to_tensor()
-    assert torch.equal(boundaries, again.pred_boundaries.to_tensor())
+    boundaries = instances.pred_boundaries.tensor
+    assert torch.equal(boundaries, again.pred_boundaries.tensor)
 
 
 @pytest.mark.parametrize("opts", [(), ("INPUT.SCALE", "1.5", "INPUT.FORMAT", "BGR")])

@@ -50,6 +50,6 @@ def test_they_can_be_indexed_and_moved_like_any_instances():
     chosen = found[found.scores > 0.5].to("cpu")
     assert isinstance(chosen, Instances)
     assert isinstance(chosen.pred_masks, LabelMasks)
-    assert torch.equal(chosen.pred_masks[0].to_bitmasks().tensor[0], torch.from_numpy(LABELS == 2))
+    assert torch.equal(chosen.pred_masks[0].tensor[0], torch.from_numpy(LABELS == 2))
     assert np.asarray(chosen.pred_masks).shape == (2, 6, 8)
     assert np.asarray(chosen.pred_masks).dtype == bool

@@ -165,7 +165,7 @@ def test_boundaries_are_pasted_into_their_own_boxes():
     expected = torch.zeros(2, 40, 60, dtype=torch.uint8)
     expected[0, 4:16, 2:10] = 63  # of 63.75
     expected[1, 8:28, 20:40] = 191  # of 191.25
-    assert torch.equal(results.pred_boundaries.to_tensor(), expected)
+    assert torch.equal(results.pred_boundaries.tensor, expected)
     assert torch.equal(next(iter(results.pred_masks)), expected[0] > 0)
     assert results.pred_masks.nonempty().tolist() == [True, False]
 
@@ -189,7 +189,7 @@ def test_same_predictions_as_detectron2(build, training_input, mask_head):
         found = model(inputs)[0]["instances"]
         raw = model.inference(inputs, do_postprocess=False)[0]
     expected = detector_postprocess(raw, 192, 96)
-    assert torch.equal(found.pred_masks.to_tensor(), expected.pred_masks)
+    assert torch.equal(found.pred_masks.tensor, expected.pred_masks)
     assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert torch.equal(found.scores, expected.scores)
 

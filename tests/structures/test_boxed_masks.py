@@ -1,13 +1,8 @@
-import logging
-
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.layers import paste_masks_in_image
 from detectron2.structures import BitMasks, Boxes, Instances
-from detectron2.utils.visualizer import Visualizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -48,7 +43,7 @@ def test_dense_forms_by_hand():
     assert masks.dtype == torch.bool
     assert masks.image_size == (8, 10)
     assert masks.device == torch.device("cpu")
-    assert torch.equal(masks.to_tensor(), dense_masks())
+    assert torch.equal(masks.tensor, dense_masks())
     assert torch.equal(torch.stack(list(masks)), dense_masks())
     np.testing.assert_array_equal(np.asarray(masks), dense_masks().numpy())
     assert np.asarray(masks).dtype == bool
@@ -85,10 +80,10 @@ def test_crops_by_hand():
     ],
 )
 def test_behaves_as_bitmasks(item):
-    expected = BitMasks(random_masks().to_tensor())[item]
+    expected = BitMasks(random_masks().tensor)[item]
     masks = random_masks()[item]
     assert len(masks) == len(expected)
-    assert torch.equal(masks.to_tensor(), expected.tensor)
+    assert torch.equal(masks.tensor, expected.tensor)
     assert torch.equal(masks.nonempty(), expected.nonempty())
     assert torch.equal(masks.get_bounding_boxes().tensor, expected.get_bounding_boxes().tensor)
     assert torch.equal(masks.area(), expected.tensor.sum(dim=(1, 2)))
@@ -102,8 +97,8 @@ def test_index_out_of_range():
 def test_cat_keeps_the_order_and_the_pixels():
     first, second = random_masks(0)[torch.tensor([3, 1])], random_masks(1)[5:]
     joined = BoxedMasks.cat([first, second, first[:0]])
-    dense = torch.cat([first.to_tensor(), second.to_tensor()])
-    assert torch.equal(joined.to_tensor(), dense)
+    dense = torch.cat([first.tensor, second.tensor])
+    assert torch.equal(joined.tensor, dense)
     with pytest.raises(AssertionError, match=r"\(8, 10\)"):
         BoxedMasks.cat([first, four_masks()])
 
@@ -113,44 +108,10 @@ def test_inside_instances():
     instances = Instances((8, 10), pred_masks=four_masks(), scores=scores)
     assert len(instances) == 4
     order = torch.tensor([2, 0])
-    assert torch.equal(instances[order].pred_masks.to_tensor(), dense_masks()[order])
-    assert torch.equal(instances[2].pred_masks.to_tensor(), dense_masks()[2:3])
+    assert torch.equal(instances[order].pred_masks.tensor, dense_masks()[order])
+    assert torch.equal(instances[2].pred_masks.tensor, dense_masks()[2:3])
     joined = Instances.cat([instances, instances[scores > 0.6]]).to("cpu")
-    assert torch.equal(joined.pred_masks.to_tensor(), dense_masks()[[0, 1, 2, 3, 1, 3]])
-
-
-@pytest.fixture
-def predictions():
-    masks = random_masks(2)
-    return Instances(
-        masks.image_size,
-        pred_boxes=masks.get_bounding_boxes(),
-        scores=torch.linspace(1, 0.1, len(masks)),
-        pred_classes=torch.zeros(len(masks), dtype=torch.int64),
-        pred_masks=masks,
-    )
-
-
-def densified(instances: Instances) -> Instances:
-    dense = Instances(instances.image_size, **instances.get_fields())
-    dense.pred_masks = instances.pred_masks.to_tensor()
-    return dense
-
-
-def test_detectron2_evaluator_and_visualizer_take_them(predictions):
-    dense = densified(predictions)
-    assert instances_to_coco_json(predictions, 1) == instances_to_coco_json(dense, 1)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    metadata = MetadataCatalog.get("boxed_masks_test")
-    metadata.thing_colors = [(200, 30, 30)]
-    pictures = [
-        Visualizer(np.zeros((*predictions.image_size, 3), np.uint8), metadata)
-        .draw_instance_predictions(instances)
-        .get_image()
-        for instances in (predictions, dense)
-    ]
-    assert pictures[0].any()
-    assert pictures[0].shape == pictures[1].shape
+    assert torch.equal(joined.pred_masks.tensor, dense_masks()[[0, 1, 2, 3, 1, 3]])
 
 
 def whole_frame(probabilities, boxes, size):
@@ -192,11 +153,11 @@ def test_pixels_of_detectron2(seed, boxes, whole_pixels, mask_size, threshold):
     )
     pasted = paste_masks(probabilities, boxes, size, threshold)
     expected = paste_masks_in_image(probabilities, Boxes(boxes), size, threshold)
-    assert torch.equal(pasted.to_tensor(), expected.to(pasted.dtype))
+    assert torch.equal(pasted.tensor, expected.to(pasted.dtype))
     if threshold == 0.5:
         nonempty = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         frames = whole_frame(probabilities[nonempty], boxes[nonempty], size)
-        assert torch.equal(pasted[nonempty].to_tensor(), frames)
+        assert torch.equal(pasted[nonempty].tensor, frames)
 
 
 def test_boxes_beyond_the_image_and_empty_ones_give_empty_masks():
@@ -214,9 +175,9 @@ def test_boxes_beyond_the_image_and_empty_ones_give_empty_masks():
 
 
 def test_batches_of_bounded_memory(monkeypatch):
-    expected = random_masks(4, num=40).to_tensor()
+    expected = random_masks(4, num=40).tensor
     monkeypatch.setattr(boxed_masks, "_BATCH_BYTES", 1000)
-    assert torch.equal(random_masks(4, num=40).to_tensor(), expected)
+    assert torch.equal(random_masks(4, num=40).tensor, expected)
 
 
 def test_memory_is_that_of_the_windows():

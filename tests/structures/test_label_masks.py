@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
@@ -58,7 +58,7 @@ def test_repeated_instances_keep_their_numbers():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_agrees_with_bitmasks(layers):
     masks = random_masks(layers=layers)
-    bitmasks = masks.to_bitmasks()
+    bitmasks = BitMasks(masks.tensor)
     assert torch.equal(masks.get_bounding_boxes().tensor, bitmasks.get_bounding_boxes().tensor)
     assert torch.equal(masks.area(), bitmasks.tensor.sum(dim=(1, 2)))
     assert torch.equal(masks.nonempty(), bitmasks.nonempty())
@@ -79,9 +79,9 @@ def test_agrees_with_bitmasks(layers):
 )
 def test_indexing_as_bitmasks(item):
     masks = random_masks()
-    expected = masks.to_bitmasks()[item]
+    expected = BitMasks(masks.tensor)[item]
     assert len(masks[item]) == len(expected)
-    assert torch.equal(masks[item].to_bitmasks().tensor, expected.tensor)
+    assert torch.equal(masks[item].tensor, expected.tensor)
     assert masks[item].labels is masks.labels  # shared, not copied
 
 
@@ -127,7 +127,7 @@ def test_crop_and_resize_is_roi_align_of_the_bitmaps(seed, mask_size, corners):
     boxes = torch.cat([xy.amin(dim=1), xy.amax(dim=1)], dim=1)
     masks = masks[torch.arange(len(boxes))]
     rois = torch.cat([torch.arange(len(boxes))[:, None], boxes], dim=1)
-    bitmaps = masks.to_bitmasks().tensor.float()[:, None]
+    bitmaps = masks.tensor.float()[:, None]
     expected = roi_align(bitmaps, rois, mask_size, sampling_ratio=0, aligned=True)[:, 0]
     crops = masks.crop_and_resize(boxes, mask_size)
     certain = (expected - 0.5).abs() > 1e-3  # a tie may fall to either side by rounding
@@ -143,7 +143,7 @@ def test_agrees_with_bitmasks_in_999_of_1000_target_pixels(mask_size):
     boxes.tensor += torch.randn_like(boxes.tensor) * 2
     boxes.clip(masks.image_size)
     ours = masks.crop_and_resize(boxes.tensor, mask_size)
-    theirs = masks.to_bitmasks().crop_and_resize(boxes.tensor, mask_size)
+    theirs = BitMasks(masks.tensor).crop_and_resize(boxes.tensor, mask_size)
     assert (ours == theirs).float().mean() >= 0.999
     assert ours.float().mean() > 0.3  # not an agreement of empty masks
 
@@ -188,7 +188,7 @@ def test_no_instances():
     assert masks.crop_and_resize(torch.zeros(0, 4), 28).shape == (0, 28, 28)
     assert masks.get_bounding_boxes().tensor.shape == (0, 4)
     assert masks.area().shape == masks.nonempty().shape == (0,)
-    assert masks.to_bitmasks().tensor.shape == (0, 8, 10)
+    assert masks.tensor.shape == (0, 8, 10)
 
 
 def test_crop_needs_one_box_per_mask():
@@ -196,12 +196,20 @@ def test_crop_needs_one_box_per_mask():
         two_squares().crop_and_resize(torch.zeros(2, 4), 14)
 
 
-def test_cat_joins_instances_of_one_image_only():
+def test_cat_keeps_each_label_image_once():
     masks = two_squares()
     joined = LabelMasks.cat([masks[0], masks[1:], masks[0]])
     assert joined.ids.tolist() == [9, 5, 7, 9]
-    with pytest.raises(ValueError, match="one image"):
-        LabelMasks.cat([masks, random_masks()])
+    assert joined.labels is masks.labels
+
+
+def test_cat_joins_instances_of_several_label_images():
+    parts = [random_masks(1, layers=2), random_masks(2), random_masks(1, layers=2)[3:]]
+    joined = LabelMasks.cat(parts)
+    assert torch.equal(joined.tensor, torch.cat([part.tensor for part in parts]))
+    assert len(joined.labels) == 3
+    with pytest.raises(AssertionError):
+        LabelMasks.cat([two_squares(), random_masks()])
 
 
 def test_cat_of_instances():
@@ -238,7 +246,7 @@ def test_passes_through_detectron2_roi_heads():
     (foreground,), _ = select_foreground_proposals([proposals], bg_label=1)
     assert foreground.gt_masks.ids.tolist() == masks.ids[torch.tensor([0, 3, 8])].tolist()
     crops = foreground.gt_masks.crop_and_resize(foreground.proposal_boxes.tensor, 28)
-    expected = masks.to_bitmasks()[matched[[0, 1, 3]]].crop_and_resize(
+    expected = BitMasks(masks.tensor)[matched[[0, 1, 3]]].crop_and_resize(
         foreground.proposal_boxes.tensor, 28
     )
     assert (crops == expected).float().mean() > 0.999

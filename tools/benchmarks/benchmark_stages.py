@@ -32,7 +32,7 @@ from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch import nn
@@ -276,7 +276,7 @@ def targets(job: Job, options: Options):
     instances = ground_truth(job, options)
     chosen = torch.randint(len(instances), (ROIS,))
     boxes = jittered(instances.gt_boxes.tensor[chosen], instances.image_size)
-    masks = instances.gt_masks if job.rival == OURS else instances.gt_masks.to_bitmasks()
+    masks = instances.gt_masks if job.rival == OURS else BitMasks(instances.gt_masks.tensor)
 
     def run() -> np.ndarray:
         return np.packbits(masks[chosen].crop_and_resize(boxes.tensor, TARGET_SIZE).numpy())
