@@ -15,12 +15,7 @@ from detectron2.evaluation import print_csv_format, verify_results
 from detectron2.utils import comm
 
 from nuclei_d2.engine.setup import checked_config, setup
-from nuclei_d2.engine.trainer import (
-    NucleiTrainer,
-    build_checkpointer,
-    by_task,
-    evaluate_and_save,
-)
+from nuclei_d2.engine.trainer import NucleiTrainer, build_checkpointer, by_task
 from nuclei_d2.utils.errors import NucleiError, run_tool
 from nuclei_d2.utils.hardware import usable_gpus
 
@@ -30,7 +25,7 @@ def main(args):
     if args.eval_only:
         model = NucleiTrainer.build_model(cfg)
         build_checkpointer(cfg, model).load_exactly(cfg.MODEL.WEIGHTS)
-        results = evaluate_and_save(cfg, model)
+        results = NucleiTrainer.evaluate_and_save(cfg, model)
     else:
         trainer = NucleiTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)

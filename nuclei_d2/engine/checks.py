@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 
 from nuclei_d2.config_checks import check_choice
+from nuclei_d2.data.datasets.coco import annotations_as_rle
 from nuclei_d2.data.image_io import read_label
 from nuclei_d2.evaluation import measured_metrics
 from nuclei_d2.utils.errors import NucleiError
@@ -69,7 +70,7 @@ def data_warnings(cfg: CfgNode, evaluated: Iterable[str], trained: Iterable[str]
         fullest = _fullest(records)
         if not fullest:
             warnings.append(f"{name} has no nuclei at all: AP and F1 are undefined on it")
-        crowds = sum(a.get("iscrowd", 0) for r in records for a in r["annotations"])
+        crowds = sum(a.get("iscrowd", 0) for r in records for a in r.get("annotations", []))
         if crowds:
             warnings.append(
                 f"{name} has {crowds} crowd annotations: box and mask AP ignore what is found in "
@@ -83,7 +84,9 @@ def data_warnings(cfg: CfgNode, evaluated: Iterable[str], trained: Iterable[str]
 
 def _fullest(records: list[dict[str, Any]]) -> int:
     """Nuclei in the fullest image; crowds are none."""
-    return max(sum(not a.get("iscrowd", 0) for a in record["annotations"]) for record in records)
+    return max(
+        sum(not a.get("iscrowd", 0) for a in record.get("annotations", [])) for record in records
+    )
 
 
 def _rpn_warnings(cfg: CfgNode, name: str, fullest: int) -> list[str]:
@@ -131,5 +134,5 @@ def _has_label_image(record: dict[str, Any]) -> bool:
 def _same_areas(record: dict[str, Any]) -> bool:
     """Whether label k has as many pixels as the k-th annotation, for all k."""
     labels = read_label(record["label_file_name"])
-    annotated = [int(mask_util.area(a["segmentation"])) for a in record["annotations"]]
+    annotated = [int(mask_util.area(a["segmentation"])) for a in annotations_as_rle(record)]
     return np.bincount(labels.ravel(), minlength=1)[1:].tolist() == annotated

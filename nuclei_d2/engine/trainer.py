@@ -142,7 +142,7 @@ class NucleiTrainer(DefaultTrainer):
         if cfg.DATASETS.VAL and period > 0:
             loader = self.build_validation_loss_loader(cfg)
             built.append(ValidationLoss(period, self.model, loader))
-            validate = lambda: by_task(evaluate(cfg, self.model, cfg.DATASETS.VAL)[0])  # noqa: E731
+            validate = lambda: by_task(self.evaluate(cfg, self.model, cfg.DATASETS.VAL)[0])  # noqa: E731
             built.append(hooks.EvalHook(period, validate))
             if comm.is_main_process():
                 built.append(BestCheckpointer(period, self.checkpointer, cfg.TEST.BEST_METRIC))
@@ -168,7 +168,7 @@ class NucleiTrainer(DefaultTrainer):
         else:
             self._draw_anew()
         TrainerBase.train(self, self.start_iter, self.max_iter)
-        return evaluate_and_save(self.cfg, self.model, self.training_cost())
+        return self.evaluate_and_save(self.cfg, self.model, self.training_cost())
 
     def _draw_anew(self) -> None:
         """Other images and crops than at the start of the run, which a seed would bring again."""
@@ -176,6 +176,62 @@ class NucleiTrainer(DefaultTrainer):
             entropy = (self.cfg.SEED, comm.get_rank(), self.start_iter)
             seed_all_rng(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self.data_loader = self.build_train_loader(self.cfg)
+
+    @classmethod
+    def evaluate(
+        cls, cfg: CfgNode, model: nn.Module, dataset_names: Iterable[str]
+    ) -> tuple[OrderedDict, dict[str, dict[str, Any]]]:
+        """Evaluate ``model`` on registered sets.
+
+        Returns:
+            ``{dataset: {task: {metric: value}}}``, the inner part empty but on the main process;
+            and ``{dataset: ...}`` of what it cost, see :func:`measured_inference`.
+        """
+        results, costs = OrderedDict(), {}
+        share_buffers(model)
+        for name in dataset_names:
+            evaluator = cls.build_evaluator(cfg, name)
+            loader = cls.build_test_loader(cfg, name)
+            with one_line_errors():
+                results[name], costs[name] = measured_inference(
+                    model, loader, evaluator, torch.device(cfg.MODEL.DEVICE)
+                )
+        return results, costs
+
+    @classmethod
+    def evaluate_and_save(
+        cls, cfg: CfgNode, model: nn.Module, training_cost: dict[str, Any] | None = None
+    ) -> OrderedDict:
+        """Evaluate on ``DATASETS.TEST`` and write ``OUTPUT_DIR/results.json``.
+
+        Args:
+            cfg: of the run.
+            model: to evaluate.
+            training_cost: written beside what the evaluation cost; None: nothing was trained.
+
+        Returns:
+            The first part of :meth:`evaluate`; the file has ``efficiency`` beside the data sets.
+        """
+        results, costs = cls.evaluate(cfg, model, cfg.DATASETS.TEST)
+        if comm.is_main_process():
+            efficiency = {
+                "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
+                "model": model_cost(model, cls._first_image(cfg)),
+                "training": training_cost,
+                "evaluation": costs,
+            }
+            _logger.info(f"Efficiency:\n{efficiency_table(efficiency)}")
+            path = Path(cfg.OUTPUT_DIR) / "results.json"
+            write_json(path, {**results, "efficiency": efficiency})
+            _logger.info(f"results written to {path}")
+        return results
+
+    @classmethod
+    def _first_image(cls, cfg: CfgNode) -> dict[str, Any] | None:
+        """The first of ``DATASETS.TEST`` as the model gets it; None if there is no set."""
+        if not cfg.DATASETS.TEST:
+            return None
+        return cls.build_test_loader(cfg, cfg.DATASETS.TEST[0]).dataset[0]
 
     def training_cost(self) -> dict[str, Any] | None:
         """What the iterations of this process cost, see :meth:`TrainingSpeed.summary`."""
@@ -283,27 +339,6 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables) -> Nuc
     )
 
 
-def evaluate(
-    cfg: CfgNode, model: nn.Module, dataset_names: Iterable[str]
-) -> tuple[OrderedDict, dict[str, dict[str, Any]]]:
-    """Evaluate ``model`` on registered sets.
-
-    Returns:
-        ``{dataset: {task: {metric: value}}}``, the inner part empty but on the main process; and
-        ``{dataset: ...}`` of what it cost, see :func:`measured_inference`.
-    """
-    results, costs = OrderedDict(), {}
-    share_buffers(model)
-    for name in dataset_names:
-        evaluator = NucleiTrainer.build_evaluator(cfg, name)
-        loader = NucleiTrainer.build_test_loader(cfg, name)
-        with one_line_errors():
-            results[name], costs[name] = measured_inference(
-                model, loader, evaluator, torch.device(cfg.MODEL.DEVICE)
-            )
-    return results, costs
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Reduce a data loader worker's error, which comes with its traceback, to its message."""
@@ -316,38 +351,3 @@ def one_line_errors() -> Iterator[None]:
 def by_task(results: OrderedDict) -> dict:
     """Drop the data set's name where there is one only, as Detectron2 does for its scalars."""
     return next(iter(results.values())) if len(results) == 1 else results
-
-
-def evaluate_and_save(
-    cfg: CfgNode, model: nn.Module, training_cost: dict[str, Any] | None = None
-) -> OrderedDict:
-    """Evaluate on ``DATASETS.TEST`` and write ``OUTPUT_DIR/results.json``.
-
-    Args:
-        cfg: of the run.
-        model: to evaluate.
-        training_cost: written beside what the evaluation cost; None: nothing was trained.
-
-    Returns:
-        The first part of :func:`evaluate`; the file has ``efficiency`` beside the data sets.
-    """
-    results, costs = evaluate(cfg, model, cfg.DATASETS.TEST)
-    if comm.is_main_process():
-        efficiency = {
-            "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
-            "model": model_cost(model, _first_image(cfg)),
-            "training": training_cost,
-            "evaluation": costs,
-        }
-        _logger.info(f"Efficiency:\n{efficiency_table(efficiency)}")
-        path = Path(cfg.OUTPUT_DIR) / "results.json"
-        write_json(path, {**results, "efficiency": efficiency})
-        _logger.info(f"results written to {path}")
-    return results
-
-
-def _first_image(cfg: CfgNode) -> dict[str, Any] | None:
-    """The first of ``DATASETS.TEST`` as the model gets it; None if there is no set."""
-    if not cfg.DATASETS.TEST:
-        return None
-    return NucleiTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]).dataset[0]

@@ -15,7 +15,7 @@ from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as mask_util
 
-from nuclei_d2.data.datasets.coco import mask_to_rle
+from nuclei_d2.data.datasets.coco import annotations_as_rle, mask_to_rle
 from nuclei_d2.evaluation.coco_parts import cut_into_parts
 from nuclei_d2.structures.cropped_mask import split_masks
 from nuclei_d2.utils.errors import NucleiError
@@ -45,7 +45,7 @@ def dataset_to_coco(dataset_dicts: Sequence[dict]) -> COCO:
     for record in dataset_dicts:
         size = {"height": record["height"], "width": record["width"]}
         images.append({"id": record["image_id"], "file_name": record["file_name"], **size})
-        for annotation in record["annotations"]:
+        for annotation in annotations_as_rle(record):
             rle = annotation["segmentation"]
             x, y, w, h = BoxMode.convert(
                 annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS

@@ -10,6 +10,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from nuclei_d2.data.datasets.coco import annotations_as_rle
 from nuclei_d2.evaluation.bootstrap import bootstrap_intervals, bootstrap_weights
 from nuclei_d2.evaluation.boundary_ap import ScoredImage, boundary_ap, match_scored
 from nuclei_d2.evaluation.instances import (
@@ -78,12 +79,16 @@ class NucleiEvaluator(DatasetEvaluator):
         """``{"nuclei": {...}, "boundary": {...}}``; None but on the main process.
 
         "nuclei" holds the headline numbers, fractions from 0 to 1, named by their place in the
-        JSON file (``pooled_f1_0.50``); "boundary" the boundary AP in percent.
+        JSON file (``pooled_f1_0.50``); "boundary" the boundary AP in percent. Empty, with a
+        warning, if no image was processed.
         """
         gathered = comm.gather(self._images, dst=0)
         if not comm.is_main_process():
             return None
         images = {image_id: scores for part in gathered for image_id, scores in part.items()}
+        if not images:
+            _logger.warning(f"{self._dataset_name}: no predictions were made")
+            return OrderedDict()
         images = [images[image_id] for image_id in sorted(images)]
         table = ScoreTable([image[0] for image in images])
         aps = boundary_ap(image[1] for image in images)
@@ -114,10 +119,10 @@ class NucleiEvaluator(DatasetEvaluator):
 
 
 def record_to_layers(record: dict) -> LabelLayers:
-    """Nuclei of a Detectron2 dataset dict with RLE masks; crowds and empty masks are left out."""
+    """Nuclei of a Detectron2 dataset dict; crowds and empty masks are left out."""
     masks = [
         rle_to_mask(annotation["segmentation"])
-        for annotation in record["annotations"]
+        for annotation in annotations_as_rle(record)
         if not annotation.get("iscrowd", 0)
     ]
     masks = [boxed for boxed in masks if boxed.mask.size]

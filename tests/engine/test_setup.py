@@ -8,7 +8,7 @@ from tiny import tiny_args, write_split
 
 from nuclei_d2.config import load_config
 from nuclei_d2.engine.setup import checked_config, setup
-from nuclei_d2.engine.trainer import NucleiTrainer, evaluate_and_save
+from nuclei_d2.engine.trainer import NucleiTrainer
 from nuclei_d2.utils.errors import NucleiError
 
 
@@ -36,7 +36,7 @@ def test_an_evaluation_leaves_the_files_of_a_training_alone(tiny_data, tmp_path,
     for path in files:
         path.write_text("of the training")
     cfg = tiny_setup(tmp_path, config="classical.yaml", eval_only=True)
-    evaluate_and_save(cfg, NucleiTrainer.build_model(cfg))
+    NucleiTrainer.evaluate_and_save(cfg, NucleiTrainer.build_model(cfg))
     assert all(path.read_text() == "of the training" for path in files)
     for name in ("config.yaml", "results.json", "inference/tiny_test"):
         assert (out / "evaluation" / name).exists(), name
@@ -46,7 +46,7 @@ def test_an_evaluation_leaves_the_files_of_a_training_alone(tiny_data, tmp_path,
 def test_an_evaluation_elsewhere_repeats_in_its_own_folder(tiny_data, tmp_path):
     for _ in range(2):
         cfg = tiny_setup(tmp_path, config="classical.yaml", eval_only=True)
-        evaluate_and_save(cfg, NucleiTrainer.build_model(cfg))
+        NucleiTrainer.evaluate_and_save(cfg, NucleiTrainer.build_model(cfg))
     assert str(tmp_path / "out") == cfg.OUTPUT_DIR
     assert not (tmp_path / "out" / "evaluation").exists()
 

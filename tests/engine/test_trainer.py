@@ -3,18 +3,15 @@ import json
 
 import pytest
 import torch
-from detectron2.evaluation import inference_on_dataset
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset
+from detectron2.structures import BoxMode
 from tiny import in_two_processes, tiny_args
 from torch.utils.data import DataLoader
 
 from nuclei_d2.engine.checks import best_metrics
 from nuclei_d2.engine.setup import setup
-from nuclei_d2.engine.trainer import (
-    NucleiTrainer,
-    build_checkpointer,
-    evaluate,
-    evaluate_and_save,
-)
+from nuclei_d2.engine.trainer import NucleiTrainer, build_checkpointer
 from nuclei_d2.evaluation.scores import ERRORS
 from nuclei_d2.utils.errors import NucleiError
 
@@ -53,6 +50,87 @@ def test_a_run_leaves_checkpoints_metrics_and_results(tiny_data, tmp_path):
         assert (out / name).is_file(), name
 
 
+class _Counter(DatasetEvaluator):
+    def __init__(self):
+        self.images = 0
+
+    def process(self, inputs, outputs):
+        self.images += len(inputs)
+
+    def evaluate(self):
+        return {"own": {"images": self.images}}
+
+
+class _OwnTrainer(NucleiTrainer):
+    loaded = []
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return DatasetEvaluators([super().build_evaluator(cfg, dataset_name), _Counter()])
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        cls.loaded.append(dataset_name)
+        return super().build_test_loader(cfg, dataset_name)
+
+
+def test_a_subclass_evaluates_in_its_own_way(tiny_data, tmp_path):
+    cfg = tiny_setup(tmp_path, "SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "1")
+    results = _OwnTrainer(cfg).train()
+    assert results["tiny_test"]["own"] == read_results(tmp_path)[0]["tiny_test"]["own"]
+    assert results["tiny_test"]["own"] == {"images": 2}
+    assert set(_OwnTrainer.loaded) == {"tiny_val", "tiny_test"}
+    lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    assert {json.loads(line).get("own/images") for line in lines} - {None} == {1}
+
+
+@pytest.fixture
+def polygon_data(tiny_data):
+    """The tiny sets as a user registers them: polygons, no label images, one without nuclei."""
+    for split in ("train", "val", "test"):
+        content = json.loads(
+            (tiny_data / "tiny" / "annotations" / f"tiny_{split}.json").read_text()
+        )
+        records = [
+            {
+                "file_name": str(tiny_data / "tiny" / image["file_name"]),
+                "image_id": image["id"],
+                "height": image["height"],
+                "width": image["width"],
+                "annotations": [
+                    {
+                        "bbox": a["bbox"],
+                        "bbox_mode": BoxMode.XYWH_ABS,
+                        "category_id": 0,
+                        "segmentation": [_rectangle(*a["bbox"])],
+                    }
+                    for a in content["annotations"]
+                    if a["image_id"] == image["id"]
+                ],
+            }
+            for image in content["images"]
+        ]
+        del records[0]["annotations"]
+        DatasetCatalog.register(f"polygons_{split}", lambda records=records: records)
+        MetadataCatalog.get(f"polygons_{split}").thing_classes = ["nucleus"]
+    yield
+    for split in ("train", "val", "test"):
+        DatasetCatalog.remove(f"polygons_{split}")
+        MetadataCatalog.remove(f"polygons_{split}")
+
+
+def _rectangle(x, y, w, h):
+    return [x, y, x + w, y, x + w, y + h, x, y + h]
+
+
+def test_sets_that_users_register_are_trained_on_and_evaluated(polygon_data, tmp_path):
+    sets = {split: f"('polygons_{split}',)" for split in ("train", "val", "test")}
+    options = [w for split, name in sets.items() for w in (f"DATASETS.{split.upper()}", name)]
+    _, results = train(tmp_path, *options, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
+    assert set(results["polygons_test"]) == {"bbox", "segm", "nuclei", "boundary"}
+    assert results["polygons_test"]["nuclei"]["errors_missed"] > 0
+
+
 def test_the_last_two_checkpoints_are_kept(tiny_data, tmp_path):
     train(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "0")
     kept = sorted(p.name for p in (tmp_path / "out").glob("model_*.pth"))
@@ -82,7 +160,7 @@ def test_checkpoints_hold_nothing_that_ties_them_to_a_device(tiny_data, tmp_path
 @pytest.mark.parametrize("config", ["mask_rcnn.yaml", "unet_distance.yaml"])
 def test_what_is_measured_can_choose_the_best_checkpoint(tiny_data, tmp_path, config):
     cfg = tiny_setup(tmp_path, "MODEL.UNET.WIDTH", "4", config=config)
-    results, _ = evaluate(cfg, NucleiTrainer.build_model(cfg), ["tiny_val"])
+    results, _ = NucleiTrainer.evaluate(cfg, NucleiTrainer.build_model(cfg), ["tiny_val"])
     measured = {f"{task}/{name}" for task, values in results["tiny_val"].items() for name in values}
     less_is_better = {f"nuclei/errors_{name}" for name in ERRORS} | {"nuclei/boundary_hd95"}
     assert less_is_better < measured
@@ -181,7 +259,7 @@ def test_evaluating_a_checkpoint_reproduces_the_run(tiny_data, tmp_path):
     cfg = tiny_setup(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
     model = NucleiTrainer.build_model(cfg)
     build_checkpointer(cfg, model).load_exactly(str(tmp_path / "out" / "model_final.pth"))
-    evaluate_and_save(cfg, model)
+    NucleiTrainer.evaluate_and_save(cfg, model)
     again, efficiency = read_results(tmp_path)
     assert again == written
     assert efficiency["training"] is None
@@ -220,7 +298,7 @@ def test_what_a_run_cost(tiny_data, tmp_path):
 def test_measuring_changes_no_number(tiny_data, tmp_path):
     cfg = tiny_setup(tmp_path, config="classical.yaml")
     model = NucleiTrainer.build_model(cfg)
-    measured = evaluate(cfg, model, ["tiny_train"])[0]["tiny_train"]
+    measured = NucleiTrainer.evaluate(cfg, model, ["tiny_train"])[0]["tiny_train"]
     plain = inference_on_dataset(
         model,
         NucleiTrainer.build_test_loader(cfg, "tiny_train"),
@@ -234,11 +312,11 @@ def test_two_processes_give_exactly_the_numbers_of_one(tiny_data, tmp_path):
     model = NucleiTrainer.build_model(cfg)
 
     def work(rank):
-        results, costs = evaluate(cfg, model, ["tiny_train", "tiny_test"])
+        results, costs = NucleiTrainer.evaluate(cfg, model, ["tiny_train", "tiny_test"])
         return str(results), costs
 
     (results, costs), (nothing, same_costs) = in_two_processes(work, tmp_path)
-    alone, _ = evaluate(cfg, model, ["tiny_train", "tiny_test"])
+    alone, _ = NucleiTrainer.evaluate(cfg, model, ["tiny_train", "tiny_test"])
     assert results == str(alone)
     assert set(alone["tiny_train"]) == {"bbox", "segm", "nuclei", "boundary", "sem_seg"}
     assert nothing == "OrderedDict([('tiny_train', {}), ('tiny_test', {})])"
@@ -253,7 +331,7 @@ def test_the_model_that_is_evaluated_is_the_main_process_one(tiny_data, tmp_path
     def work(rank):
         for buffer in model.buffers():
             buffer.fill_(rank + 1)  # as each process learns the statistics of its own images
-        evaluate(cfg, model, ["tiny_test"])
+        NucleiTrainer.evaluate(cfg, model, ["tiny_test"])
         return [float(buffer.float().mean()) for buffer in model.buffers()]
 
     main, other = in_two_processes(work, tmp_path)
@@ -320,7 +398,7 @@ def test_a_unet_trains_and_is_evaluated_by_the_same_commands(tiny_data, tmp_path
     assert scores["sem_seg"]["IoU-foreground"] is not None
     model = NucleiTrainer.build_model(cfg)
     build_checkpointer(cfg, model).load_exactly(str(tmp_path / "out" / "model_final.pth"))
-    evaluate_and_save(cfg, model)
+    NucleiTrainer.evaluate_and_save(cfg, model)
     assert read_results(tmp_path)[0] == written
 
 
@@ -328,6 +406,6 @@ def test_the_classical_baseline_is_evaluated_without_weights(tiny_data, tmp_path
     cfg = tiny_setup(tmp_path, config="classical.yaml")
     model = NucleiTrainer.build_model(cfg)
     build_checkpointer(cfg, model).load_exactly(cfg.MODEL.WEIGHTS)
-    scores = evaluate_and_save(cfg, model)["tiny_test"]
+    scores = NucleiTrainer.evaluate_and_save(cfg, model)["tiny_test"]
     assert scores["segm"]["AP50"] > 20
     assert scores["sem_seg"]["Dice-foreground"] > 90

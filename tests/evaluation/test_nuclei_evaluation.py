@@ -15,6 +15,7 @@ from nuclei_d2.evaluation import build_evaluator
 from nuclei_d2.evaluation.nuclei_evaluation import NucleiEvaluator, record_to_layers
 from nuclei_d2.structures.cropped_mask import crop_mask, instances_to_masks, label_image_to_masks
 from nuclei_d2.structures.label_masks import LabelMasks
+from nuclei_d2.utils.errors import NucleiError
 
 SIZE = (64, 80)
 
@@ -137,6 +138,26 @@ def test_an_empty_mask_is_a_false_positive_of_ap_alone(dataset):
     assert results["nuclei"]["pooled_precision_0.50"] == 1
     assert results["nuclei"]["pooled_recall_0.50"] < 1
     assert results["boundary"]["AP_2%"] < 100
+
+
+def test_no_image_is_a_warning_as_in_detectron2(dataset, caplog):
+    evaluator = NucleiEvaluator(dataset[0], score_threshold=0.5, max_dets=600)
+    evaluator.reset()
+    assert evaluator.evaluate() == {}
+    assert "no predictions were made" in caplog.text
+
+
+def test_polygons_and_unannotated_images_are_ground_truth(dataset):
+    """Of sets that users register themselves; Detectron2's evaluator takes them."""
+    square = {"iscrowd": 0, "segmentation": [[4, 5, 14, 5, 14, 15, 4, 15]]}
+    image = {"file_name": "x.png", "height": SIZE[0], "width": SIZE[1]}
+    layers = record_to_layers({**image, "annotations": [square]})
+    assert layers.count == 1
+    assert layers.labels[0, 5:15, 4:14].all()
+    assert layers.labels.sum() == 100
+    assert record_to_layers(image).count == 0
+    with pytest.raises(NucleiError, match=r"x\.png: an annotation has no segmentation"):
+        record_to_layers({**image, "annotations": [{"bbox": [0, 0, 5, 5]}]})
 
 
 def test_no_predictions_are_zero(dataset):

@@ -128,10 +128,17 @@ def test_an_image_is_learned_by_heart(target):
         assert len(found) == 2
         truth = torch.stack([torch.from_numpy(labels == k) for k in (1, 2)])
         found = found[found.pred_boxes.tensor[:, 0].argsort()]
-    masks = found.pred_masks.to_bitmasks().tensor
+    masks = found.pred_masks.tensor
     iou = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
     assert iou.min() > 0.85
     assert found.scores.min() > 0.7
+
+
+def test_predicts_where_gradients_are_recorded():
+    model = build().eval()
+    (output,) = model([{"image": torch.rand(3, 20, 24) * 255}])
+    assert output["sem_seg"].requires_grad  # as with Detectron2's models
+    assert not output["instances"].scores.requires_grad
 
 
 def test_padding_repeats_the_edge():

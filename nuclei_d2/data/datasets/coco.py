@@ -199,6 +199,25 @@ def segmentation_to_rle(segmentation: Any, size: Sequence[int], source: str) -> 
     return segmentation
 
 
+def annotations_as_rle(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A Detectron2 dataset dict's annotations, none if it has none, with segmentations as RLE.
+
+    Raises:
+        NucleiError: naming the image, when one has no segmentation or it does not fit.
+    """
+    size = (record["height"], record["width"])
+    return [
+        {**a, "segmentation": _as_rle(a.get("segmentation"), size, record["file_name"])}
+        for a in record.get("annotations", [])
+    ]
+
+
+def _as_rle(segmentation: Any, size: tuple[int, int], source: str) -> dict[str, Any]:
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
+        return segmentation
+    return segmentation_to_rle(segmentation, size, source)
+
+
 def _polygons_to_rle(polygons: list[Any], size: Sequence[int]) -> dict[str, Any]:
     for polygon in polygons:
         if not isinstance(polygon, (list, tuple, np.ndarray)):

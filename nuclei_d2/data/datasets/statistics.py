@@ -14,6 +14,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from numpy.typing import ArrayLike
 
+from nuclei_d2.data.datasets.coco import annotations_as_rle
 from nuclei_d2.data.image_io import read_image, read_label
 from nuclei_d2.data.normalization import ImageNormalizer
 from nuclei_d2.structures.cropped_mask import crop_mask, masks_to_label_image
@@ -125,14 +126,14 @@ def measure_image(
 
 
 def measure_record(record: dict[str, Any], normalizer: ImageNormalizer) -> ImageStatistics:
-    """:func:`measure_image` of a Detectron2 dataset dict with RLE masks; crowds are left out.
+    """:func:`measure_image` of a Detectron2 dataset dict; crowds are left out.
 
     Raises:
         NucleiError: the image or label image cannot be read, or has another size than stated.
     """
     image = read_image(record["file_name"])
     size = (record["height"], record["width"])
-    rles = [a["segmentation"] for a in record["annotations"] if not a.get("iscrowd", 0)]
+    rles = [a["segmentation"] for a in annotations_as_rle(record) if not a.get("iscrowd", 0)]
     if "label_file_name" in record:
         labels = read_label(record["label_file_name"])
     else:
@@ -152,7 +153,7 @@ def median_diameter(records: Iterable[dict[str, Any]]) -> float:
     """Median over all nuclei of :func:`equivalent_diameter`, in pixels of the files.
 
     Args:
-        records: Detectron2 dataset dicts with RLE masks; crowds are left out.
+        records: Detectron2 dataset dicts; crowds are left out.
 
     Returns:
         0 without nuclei.
@@ -160,7 +161,7 @@ def median_diameter(records: Iterable[dict[str, Any]]) -> float:
     areas = [
         mask_util.area(annotation["segmentation"])
         for record in records
-        for annotation in record["annotations"]
+        for annotation in annotations_as_rle(record)
         if not annotation.get("iscrowd", 0)
     ]
     return float(equivalent_diameter(np.median(areas))) if areas else 0.0

@@ -157,7 +157,7 @@ class UNet(nn.Module):
     def _postprocess(self, maps: Tensor, inputs: dict) -> dict:
         network_size = tuple(maps.shape[-2:])
         size = (inputs.get("height", network_size[0]), inputs.get("width", network_size[1]))
-        instances = self.decode(maps.cpu().numpy(), size).to(maps.device)
+        instances = self.decode(maps.detach().cpu().numpy(), size).to(maps.device)
         sem_seg = sem_seg_postprocess(maps[: self.num_classes], network_size, *size)
         return {"sem_seg": sem_seg, "instances": instances}
 

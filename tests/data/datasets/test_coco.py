@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from pycocotools.coco import COCO
 
 from nuclei_d2.data.datasets.coco import (
+    annotations_as_rle,
     load_nuclei_json,
     mask_to_annotation,
     mask_to_rle,
@@ -114,6 +115,20 @@ def test_foreign_coco_becomes_one_class_with_rle(tmp_path, segmentation):
 def test_polygons_without_area_are_an_empty_mask(polygon):
     rle = segmentation_to_rle([polygon, polygon], (6, 5), "a.json")
     assert mask_util.decode(rle).tolist() == np.zeros((6, 5)).tolist()
+
+
+def test_annotations_of_any_kind_as_rle():
+    image = {"file_name": "x.png", "height": 6, "width": 5}
+    kinds = [COMPRESSED, PLAIN, square()["segmentation"]]
+    record = {**image, "annotations": [{"id": k, "segmentation": s} for k, s in enumerate(kinds)]}
+    found = annotations_as_rle(record)
+    assert [a["id"] for a in found] == [0, 1, 2]
+    pixels = np.zeros((6, 5), np.uint8)
+    pixels[1:4, 2:4] = 1
+    for annotation in found:
+        np.testing.assert_array_equal(mask_util.decode(annotation["segmentation"]), pixels)
+    assert record["annotations"][2]["segmentation"] is kinds[2]  # the catalog's own
+    assert annotations_as_rle(image) == []
 
 
 def test_annotations_without_area_are_named_not_dropped(tmp_path):
