@@ -1,4 +1,4 @@
-"""What all tools have in common: their imports print nothing."""
+"""What all tools have in common: their imports print nothing. And what users import."""
 
 import ast
 import subprocess
@@ -28,3 +28,10 @@ def test_nothing_but_the_help_is_printed():
     tool = str(REPOSITORY / "tools" / "train_net.py")
     done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_detectron2s_model_zoo_can_be_imported():
+    """Our users' scripts begin with it; it needs more of the environment than we do."""
+    words = [sys.executable, "-W", "ignore", "-c", "from detectron2 import model_zoo"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
