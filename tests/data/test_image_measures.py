@@ -90,7 +90,8 @@ def test_the_ranges_of_training_images(tmp_path):
         Image.fromarray(image).save(tmp_path / f"{k}.png")
         masks = [mask for _, mask in label_image_to_masks(labels)]
         annotations = [mask_to_annotation(mask, image.shape) for mask in masks]
-        records.append({"file_name": str(tmp_path / f"{k}.png"), "annotations": annotations})
+        record = {"file_name": str(tmp_path / f"{k}.png"), "height": 64, "width": 80}
+        records.append({**record, "annotations": annotations})
     cfg = load_config("", ["INPUT.SCALE", "2"])
     ranges = training_ranges(records, cfg)
     assert set(ranges) == set(cfg.INPUT.TRAINING_RANGES)

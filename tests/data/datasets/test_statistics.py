@@ -163,11 +163,16 @@ def test_record_with_another_size_than_its_file_names_the_file(record, key):
 def test_median_diameter_is_of_the_circle_of_the_same_area():
     squares = [crop_mask(np.ones((side, side), bool)) for side in (2, 4, 30)]
     annotations = [mask_to_annotation(square, (30, 30)) for square in squares]
-    records = [{"annotations": annotations[:1]}, {"annotations": annotations[1:]}]
+    image = {"file_name": "x.png", "height": 30, "width": 30}
+    records = [{**image, "annotations": part} for part in (annotations[:1], annotations[1:])]
     assert median_diameter(records) == pytest.approx(4 * 2 / math.sqrt(math.pi))
     crowd = {**annotations[0], "iscrowd": 1}
-    assert median_diameter([{"annotations": [crowd, annotations[1]]}]) == median_diameter(records)
-    assert median_diameter([{"annotations": []}]) == 0
+    assert median_diameter([{**image, "annotations": [crowd, annotations[1]]}]) == median_diameter(
+        records
+    )
+    assert median_diameter([{**image, "annotations": []}, image]) == 0
+    polygon = {"segmentation": [[3, 3, 7, 3, 7, 7, 3, 7]]}
+    assert median_diameter([{**image, "annotations": [polygon]}]) == median_diameter(records)
 
 
 def test_summary_by_hand():
