@@ -1,11 +1,11 @@
-"""What all tools have in common: their imports print nothing. And what users import."""
+"""What all tools have in common: PyTorch prints nothing. And what users import."""
 
 import ast
 import subprocess
 import sys
 
 import pytest
-from tiny import REPOSITORY
+from tiny import CONFIGS, REPOSITORY
 
 TOOLS = sorted((REPOSITORY / "tools").rglob("*.py"))
 
@@ -28,6 +28,23 @@ def test_nothing_but_the_help_is_printed():
     tool = str(REPOSITORY / "tools" / "train_net.py")
     done = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+PREDICT = """
+import sys
+from nuclei_d2.config import load_config
+from nuclei_d2.modeling import build_model
+import torch
+model = build_model(load_config(sys.argv[1], ["MODEL.DEVICE", "cpu"])).eval()
+with torch.no_grad():
+    model([{"image": torch.zeros(3, 64, 64)}])
+"""
+
+
+def test_a_prediction_prints_nothing():
+    words = [sys.executable, "-c", PREDICT, str(CONFIGS / "cpu" / "mask_rcnn.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_detectron2s_model_zoo_can_be_imported():
