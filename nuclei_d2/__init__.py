@@ -11,8 +11,8 @@ import warnings
 __version__ = "0.1.0"
 
 # What PyTorch tells Detectron2's developers, not its users. fvcore compiles two losses when
-# Detectron2 is imported, and our own exports are TorchScript; its anchors call meshgrid, and its
-# layers is_fx_tracing.
+# Detectron2 is imported, and our own exports are TorchScript; Detectron2's anchors call meshgrid,
+# its layers is_fx_tracing.
 warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
 warnings.filterwarnings("ignore", r"torch\.meshgrid: ", UserWarning)
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

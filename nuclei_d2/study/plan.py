@@ -148,11 +148,11 @@ class Study:
         """All runs: task by task, and in each every model with the first seed, then the next."""
         runs = []
         for task in self.tasks.values():
-            first, *_ = seeds = task.seeds or self.seeds
+            seeds = task.seeds or self.seeds
             for seed in seeds:
                 names = task.models or tuple(self.models)
                 of_seed = [self.run(task, self.models[name], seed) for name in names]
-                runs += [run for run in of_seed if run.has_seeds or seed == first]
+                runs += [run for run in of_seed if run.has_seeds or seed == seeds[0]]
         return runs
 
     def run(self, task: Task, model: Model, seed: int) -> Run:

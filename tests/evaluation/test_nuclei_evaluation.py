@@ -158,6 +158,9 @@ def test_polygons_and_unannotated_images_are_ground_truth(dataset):
     assert record_to_layers(image).count == 0
     with pytest.raises(NucleiError, match=r"x\.png: an annotation has no segmentation"):
         record_to_layers({**image, "annotations": [{"bbox": [0, 0, 5, 5]}]})
+    other = mask_to_annotation(crop_mask(np.ones((4, 4), bool)), (8, 8))
+    with pytest.raises(NucleiError, match=r"x\.png: broken segmentation \(RLE of size \[8, 8\]"):
+        record_to_layers({**image, "annotations": [other]})
 
 
 def test_no_predictions_are_zero(dataset):

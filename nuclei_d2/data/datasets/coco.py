@@ -207,15 +207,9 @@ def annotations_as_rle(record: dict[str, Any]) -> list[dict[str, Any]]:
     """
     size = (record["height"], record["width"])
     return [
-        {**a, "segmentation": _as_rle(a.get("segmentation"), size, record["file_name"])}
+        {**a, "segmentation": segmentation_to_rle(a.get("segmentation"), size, record["file_name"])}
         for a in record.get("annotations", [])
     ]
-
-
-def _as_rle(segmentation: Any, size: tuple[int, int], source: str) -> dict[str, Any]:
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
-        return segmentation
-    return segmentation_to_rle(segmentation, size, source)
 
 
 def _polygons_to_rle(polygons: list[Any], size: Sequence[int]) -> dict[str, Any]:
